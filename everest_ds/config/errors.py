@@ -1,0 +1,36 @@
+"""The one exception that means "the user made a mistake", and how a command ends on it."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import sys
+from collections.abc import Iterable, Iterator
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(Exception):
+    """A mistake that its message explains in one line: what is wrong, where, and what to do."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest known word, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+@contextlib.contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """Turn a :class:`UserError` into one line on stderr and exit code 2, without a trace.
+
+    Under a launcher every rank meets the same mistake; rank 0 alone reports it.
+    """
+    try:
+        yield
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            message = " ".join(str(error).split())
+            print(f"{program}: error: {message}", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_USER_ERROR) from None

@@ -1,0 +1,200 @@
+"""Every setting of a run, as frozen dataclasses: type, default, unit, and where the default comes from.
+
+A recipe (YAML) and ``key=value`` overrides fill these; what a DeepSpeed JSON can say (precision, ZeRO, offload,
+clipping, optimizer type, monitors) is said there and nowhere here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from everest_ds.config.errors import UserError, nearest
+from everest_ds.config.sizes import SIZES, Size
+
+Method = Literal["everest", "videomae"]
+Selector = Literal["auto", "rero", "tube", "random"]
+Attention = Literal["auto", "fused", "eager"]
+Checkpointing = Literal["none", "encoder", "decoder", "full"]
+Positions = Literal["flattened", "separable"]
+Decoder = Literal["decord", "torchcodec"]
+
+
+def setting(default: Any, doc: str, *, source: str = "ours") -> Any:
+    """Declare a field with its documentation (unit included) and its default's source."""
+    return dataclasses.field(default=default, metadata={"doc": doc, "source": source})
+
+
+def section(kind: type, doc: str) -> Any:
+    """Declare a nested group of settings."""
+    return dataclasses.field(default_factory=kind, metadata={"doc": doc, "source": "ours"})
+
+
+def _check(holds: bool, key: str, message: str) -> None:
+    if not holds:
+        raise UserError(f"{key}: {message}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The clip's shape, the token selection, and the autoencoder."""
+
+    method: Method = setting("everest", "pre-training method: everest (ReRo tokens) or videomae (tube mask)")
+    size: str = setting("vit_small", f"encoder size: {', '.join(SIZES)}")
+    image_size: int = setting(224, "clip height and width, pixels", source="paper, section 5")
+    frames: int = setting(16, "frames per clip", source="paper, section 5")
+    tubelet: int = setting(2, "frames per token", source="paper, section 3")
+    patch: int | None = setting(None, "token height and width, pixels; null: the size's own", source="ViT")
+    keep_ratio: float = setting(0.3, "rho_pre: share of all tokens kept as informative", source="paper, Table 7")
+    visible_ratio: float = setting(
+        0.1, "rho_pre * rho_post: share of all tokens that the encoder sees", source="paper, section 4.1"
+    )
+    selector: Selector = setting("auto", "how tokens are chosen; auto: rero for everest, tube for videomae")
+    decoder_depth: int = setting(4, "decoder blocks", source="official EVEREST scripts")
+    decoder_width: int | None = setting(None, "decoder channels; null: the size's own, half the encoder's")
+    decoder_heads: int | None = setting(None, "decoder attention heads; null: the size's own")
+    attention: Attention = setting("auto", "fused (SDPA), eager (materialised), or auto: the faster here")
+    checkpointing: Checkpointing = setting("none", "which blocks recompute activations in the backward pass")
+    positions: Positions = setting(
+        "flattened", "sine-cosine table over the token index (official) or separable in t, y, x"
+    )
+
+    def __post_init__(self) -> None:
+        _check(self.size in SIZES, "model.size", f"unknown size '{self.size}'{nearest(self.size, SIZES)}")
+        for key in ("image_size", "frames", "tubelet", "decoder_depth"):
+            _check(getattr(self, key) > 0, f"model.{key}", f"must be positive, got {getattr(self, key)}")
+        row = self.row
+        defaults = {"patch": row.patch, "decoder_width": row.decoder_width, "decoder_heads": row.decoder_heads}
+        for key, value in defaults.items():
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, value)
+            _check(getattr(self, key) > 0, f"model.{key}", f"must be positive, got {getattr(self, key)}")
+        self._check_divisions()
+        self._check_ratios()
+
+    def _check_divisions(self) -> None:
+        for key, unit in (("image_size", "patch"), ("frames", "tubelet"), ("decoder_width", "decoder_heads")):
+            whole, part = getattr(self, key), getattr(self, unit)
+            _check(whole % part == 0, f"model.{key}", f"{whole} is not divisible by model.{unit} = {part}")
+
+    def _check_ratios(self) -> None:
+        for key in ("keep_ratio", "visible_ratio"):
+            ratio = getattr(self, key)
+            _check(0 < ratio <= 1, f"model.{key}", f"must be in (0, 1], got {ratio}")
+        if self.resolved_selector == "rero":
+            _check(
+                self.keep_ratio > self.visible_ratio,
+                "model.keep_ratio",
+                f"{self.keep_ratio} must be above model.visible_ratio = {self.visible_ratio}: the kept tokens "
+                "that are not visible are what is reconstructed",
+            )
+            _check(self.slots >= 2, "model.frames", "ReRo compares a slot with the one before: at least 2 slots")
+
+    @property
+    def row(self) -> Size:
+        """The size's row in :data:`everest_ds.config.sizes.SIZES`."""
+        return SIZES[self.size]
+
+    @property
+    def slots(self) -> int:
+        """Tubelets in time per clip (the paper's tau)."""
+        return self.frames // self.tubelet
+
+    @property
+    def patch_pixels(self) -> int:
+        """Token height and width, resolved (never null)."""
+        return self.row.patch if self.patch is None else self.patch
+
+    @property
+    def resolved_selector(self) -> str:
+        """The selector in use, ``auto`` resolved by the method."""
+        return {"everest": "rero", "videomae": "tube"}[self.method] if self.selector == "auto" else self.selector
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which videos, which frames of them, and how they become clips."""
+
+    train: str | None = setting(None, "training manifest: one video per line (path, 'path label' or 'path,label')")
+    val: str | None = setting(None, "validation manifest")
+    test: str | None = setting(None, "test manifest")
+    root: str | None = setting(None, "folder that relative paths in a manifest start from; null: the manifest's own")
+    stride: int = setting(4, "video frames from one frame of a clip to the next", source="paper, Table 7")
+    workers: int = setting(4, "decoding processes per rank; 0 decodes in the training process")
+    prefetch: int = setting(4, "batches each worker prepares ahead", source="torch default is 2")
+    clips_per_video: int = setting(1, "clips read from one opened file", source="repeated augmentation")
+    decoder: Decoder = setting("decord", "frame reader: decord, or torchcodec (an extra; exact seek)")
+    flip: bool = setting(True, "mirror half of the clips; off where left and right matter", source="paper, Table 7")
+    crop_scales: tuple[float, ...] = setting(
+        (1.0, 0.875, 0.75, 0.66), "MultiScaleCrop: crop sides as shares of the short side", source="VideoMAE"
+    )
+    max_bad_share: float = setting(0.1, "share of unreadable samples above which the run ends")
+    timeout_s: float = setting(120.0, "seconds that a batch may take to arrive before the run ends; 0: no limit")
+
+    def __post_init__(self) -> None:
+        for key in ("stride", "prefetch", "clips_per_video"):
+            _check(getattr(self, key) > 0, f"data.{key}", f"must be positive, got {getattr(self, key)}")
+        _check(self.workers >= 0, "data.workers", f"must not be negative, got {self.workers}")
+        _check(self.timeout_s >= 0, "data.timeout_s", f"must not be negative, got {self.timeout_s}")
+        _check(0 <= self.max_bad_share <= 1, "data.max_bad_share", f"must be in [0, 1], got {self.max_bad_share}")
+        _check(len(self.crop_scales) > 0, "data.crop_scales", "needs at least one scale")
+        for scale in self.crop_scales:
+            _check(0 < scale <= 1, "data.crop_scales", f"scales must be in (0, 1], got {scale}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule; the optimizer's implementation and clipping are the DeepSpeed JSON's."""
+
+    base_lr: float = setting(1.5e-4, "learning rate per 256 clips of global batch", source="paper, Table 7")
+    min_lr: float = setting(1e-5, "final learning rate per 256 clips of global batch", source="VideoMAE")
+    warmup_lr: float = setting(1e-6, "first learning rate per 256 clips of global batch", source="VideoMAE")
+    warmup_epochs: float = setting(40.0, "epochs of linear warm-up", source="paper, Table 7")
+    warmup_steps: int | None = setting(None, "steps of linear warm-up; overrides warmup_epochs", source="VideoMAE")
+    weight_decay: float = setting(0.05, "AdamW weight decay of matrices; vectors have none", source="paper, Table 7")
+    betas: tuple[float, float] = setting((0.9, 0.95), "Adam's averaging factors", source="paper, Table 7")
+    eps: float = setting(1e-8, "Adam's epsilon", source="VideoMAE")
+    layer_decay: float = setting(1.0, "learning-rate factor per layer from the top; 1: none", source="paper, Table 8")
+
+    def __post_init__(self) -> None:
+        for key in ("base_lr", "eps", "layer_decay"):
+            _check(getattr(self, key) > 0, f"optim.{key}", f"must be positive, got {getattr(self, key)}")
+        for key in ("min_lr", "warmup_lr", "warmup_epochs", "weight_decay"):
+            _check(getattr(self, key) >= 0, f"optim.{key}", f"must not be negative, got {getattr(self, key)}")
+        _check(all(0 <= b < 1 for b in self.betas), "optim.betas", f"must be in [0, 1), got {self.betas}")
+        _check(self.layer_decay <= 1, "optim.layer_decay", f"must be at most 1, got {self.layer_decay}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length, batches, and what is written when."""
+
+    output_dir: str = setting("outputs/pretrain", "run directory: configuration, metrics, checkpoints")
+    micro_batch: int | None = setting(None, "clips per rank per pass; null: global_batch / ranks")
+    global_batch: int | None = setting(None, "clips per optimizer step over all ranks; null: micro_batch x ranks")
+    epochs: int = setting(200, "passes over the manifest", source="paper, Table 7")
+    max_steps: int | None = setting(None, "optimizer steps; overrides epochs (the schedule then spans these)")
+    save_every_steps: int = setting(0, "steps between checkpoints; 0: at the end only")
+    log_every_steps: int = setting(10, "steps between lines of metrics.jsonl")
+    seed: int = setting(0, "seed of weights, samples, crops and masks")
+    resume: str = setting("off", "off, auto (the latest checkpoint in output_dir, if any), or a run directory")
+    max_bad_steps: int = setting(10, "steps in a row with a non-finite loss after which the run stops")
+    max_minutes: float = setting(0.0, "minutes after which the run saves and exits with code 75; 0: no limit")
+
+    def __post_init__(self) -> None:
+        for key in ("micro_batch", "global_batch", "epochs", "max_steps", "log_every_steps", "max_bad_steps"):
+            value = getattr(self, key)
+            _check(value is None or value > 0, f"train.{key}", f"must be positive, got {value}")
+        for key in ("save_every_steps", "seed", "max_minutes"):
+            _check(getattr(self, key) >= 0, f"train.{key}", f"must not be negative, got {getattr(self, key)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run: what a recipe file holds."""
+
+    model: ModelConfig = section(ModelConfig, "clip, tokens, autoencoder")
+    data: DataConfig = section(DataConfig, "videos and clips")
+    optim: OptimConfig = section(OptimConfig, "optimizer and schedule")
+    train: TrainConfig = section(TrainConfig, "length, batches, outputs")

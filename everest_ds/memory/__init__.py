@@ -1,0 +1,1 @@
+"""everest_ds.memory."""

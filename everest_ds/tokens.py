@@ -1,0 +1,98 @@
+"""How many tokens of a clip are seen, reconstructed and dropped: the integers that everything agrees on.
+
+No torch here. The model takes its shapes and the memory accounting takes its bytes from the same
+:class:`TokenBudget`, so they cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+from everest_ds.config.errors import UserError
+from everest_ds.config.schema import ModelConfig
+
+# Ratios are decimals that people type. Reading a float back as the nearest fraction with a small denominator
+# undoes its rounding: 1 - 0.9 is a tenth again, and a tenth of 160 is 16, not 15.999999999999996.
+_LARGEST_DENOMINATOR = 10**6
+
+
+def share(ratio: float, count: int) -> int:
+    """Return ``floor(ratio * count)``, immune to float rounding (the official counts are ``int(ratio * count)``)."""
+    return math.floor(Fraction(ratio).limit_denominator(_LARGEST_DENOMINATOR) * count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBudget:
+    """Token counts of one clip.
+
+    ``slots x rows x columns`` is the grid (time, height, width). ``visible`` tokens enter the encoder,
+    ``reconstructed`` ones are the targets, ``dropped`` ones are neither; ``kept = visible + reconstructed``.
+    """
+
+    slots: int
+    rows: int
+    columns: int
+    visible: int
+    reconstructed: int
+
+    @property
+    def per_slot(self) -> int:
+        """Tokens of one slot (the paper's J)."""
+        return self.rows * self.columns
+
+    @property
+    def total(self) -> int:
+        """All tokens of the clip (tau x J)."""
+        return self.slots * self.per_slot
+
+    @property
+    def kept(self) -> int:
+        """Tokens that the decoder sees."""
+        return self.visible + self.reconstructed
+
+    @property
+    def dropped(self) -> int:
+        """Tokens that are neither encoded nor reconstructed."""
+        return self.total - self.kept
+
+    @classmethod
+    def for_pretraining(cls, model: ModelConfig) -> TokenBudget:
+        """Count for a pre-training step (paper, section 4.1).
+
+        At 1568 tokens: ReRo at 0.3/0.1 keeps 470 = 156 visible + 314 reconstructed; the tube mask at 0.1 shows 160
+        (20 places in each of 8 slots) and reconstructs 1408.
+
+        Raises:
+            UserError: a ratio leaves no token to see or none to reconstruct.
+        """
+        side = model.image_size // model.patch_pixels
+        per_slot, total = side * side, model.slots * side * side
+        if model.resolved_selector == "tube":
+            # VideoMAE rounds the masked places down, so the visible ones up.
+            visible = model.slots * (per_slot - share(1 - model.visible_ratio, per_slot))
+            kept = total
+        else:
+            visible = share(model.visible_ratio, total)
+            kept = share(model.keep_ratio, total) if model.resolved_selector == "rero" else total
+        if visible < 1 or kept <= visible:
+            raise UserError(
+                f"model.visible_ratio: of {total} tokens {visible} would be visible and {kept - visible} "
+                "reconstructed; each needs at least one"
+            )
+        return cls(slots=model.slots, rows=side, columns=side, visible=visible, reconstructed=kept - visible)
+
+    @classmethod
+    def for_classification(cls, model: ModelConfig) -> TokenBudget:
+        """Count for a classifier (paper, section 4.3): the kept tokens all enter, none is reconstructed.
+
+        Raises:
+            UserError: the ratio leaves no token.
+        """
+        side = model.image_size // model.patch_pixels
+        total = model.slots * side * side
+        visible = share(model.keep_ratio, total)
+        if visible < 1:
+            raise UserError(f"model.keep_ratio: {model.keep_ratio} of {total} tokens leaves none")
+        return cls(slots=model.slots, rows=side, columns=side, visible=visible, reconstructed=0)
