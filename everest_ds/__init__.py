@@ -1,0 +1,15 @@
+"""EVEREST and VideoMAE pre-training under DeepSpeed."""
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["create_model"]
+
+
+def __getattr__(name: str) -> Any:
+    # torch and timm load on first use, so that the planner's and the configuration's imports stay light.
+    if name == "create_model":
+        from everest_ds.models import create_model  # noqa: PLC0415
+
+        return create_model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

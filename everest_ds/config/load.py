@@ -5,6 +5,7 @@ Every mistake is a :class:`UserError` that names the key, what was found and wha
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import types
 import typing
@@ -140,10 +141,8 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
 def _scalar(value: Any, kind: type, key: str) -> Any:
     if kind is float and isinstance(value, str):
         # YAML 1.1 takes 1e-3 for a string: it wants 1.0e-3.
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if kind is str and value is False:

@@ -30,7 +30,5 @@ SIZES: dict[str, Size] = {
     "vit_base": Size(width=768, depth=12, heads=12, decoder_width=384, decoder_heads=6),
     "vit_large": Size(width=1024, depth=24, heads=16, decoder_width=512, decoder_heads=8),
     "vit_huge": Size(width=1280, depth=32, heads=16, decoder_width=640, decoder_heads=8),
-    "vit_giant": Size(
-        width=1408, depth=40, heads=16, decoder_width=704, decoder_heads=11, patch=14, mlp_ratio=48 / 11
-    ),
+    "vit_giant": Size(width=1408, depth=40, heads=16, decoder_width=704, decoder_heads=11, patch=14, mlp_ratio=48 / 11),
 }

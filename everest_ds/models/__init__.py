@@ -1,1 +1,8 @@
-"""everest_ds.models."""
+"""The networks: token selection, the masked autoencoder, the classifier, and their weights."""
+
+from everest_ds.models.autoencoder import MaskedAutoencoder, Reconstruction
+from everest_ds.models.classifier import VideoClassifier
+from everest_ds.models.flops import forward_macs
+from everest_ds.models.registry import create_model
+
+__all__ = ["MaskedAutoencoder", "Reconstruction", "VideoClassifier", "create_model", "forward_macs"]

@@ -1,0 +1,120 @@
+"""The transformer trunk (timm's blocks) and the encoder that it makes with an embedding and positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import LayerNorm
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+from everest_ds.config.schema import ModelConfig
+from everest_ds.models.embedding import Select, TubeletEmbedding
+from everest_ds.models.patches import patchify
+from everest_ds.models.positions import Positions
+from everest_ds.tokens import TokenBudget
+
+# The epsilon that every official model uses.
+norm = partial(LayerNorm, eps=1e-6)
+# Below this many tokens a CPU is faster with materialised attention (measured: 156 and 470 tokens eager, 1568 fused).
+_CPU_FUSED_FROM_TOKENS = 1000
+
+# Runs a block now and again in the backward pass: checkpoint(function, *tensors) -> tensor.
+Checkpoint = Callable[..., Any]
+recompute: Checkpoint = partial(torch_checkpoint, use_reentrant=False)
+
+
+def use_fused_attention(attention: str, tokens: int, device_type: str) -> bool:
+    """Resolve ``model.attention`` for a sequence length and a device type ("cpu", "cuda", ...)."""
+    if attention == "auto":
+        return device_type != "cpu" or tokens >= _CPU_FUSED_FROM_TOKENS
+    return attention == "fused"
+
+
+def initialise(module: nn.Module) -> None:
+    """Official initial weights: Xavier-uniform matrices, zero biases; embeddings and norms keep torch's."""
+    if isinstance(module, nn.Linear) and not isinstance(module, TubeletEmbedding):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class Trunk(nn.ModuleList):
+    """A stack of transformer blocks, each recomputed in the backward pass if a checkpoint function is given."""
+
+    def __init__(
+        self,
+        *,
+        depth: int,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        fused: bool,
+        checkpoint: Checkpoint | None = None,
+        drop_path: float = 0.0,
+    ) -> None:
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        super().__init__(
+            Block(width, heads, mlp_ratio=mlp_ratio, qkv_bias=True, drop_path=rate, norm_layer=norm) for rate in rates
+        )
+        self.checkpoint = checkpoint
+        for block in self:
+            block.attn.fused_attn = fused  # type: ignore[union-attr]
+
+    def run(self, tokens: Tensor) -> Tensor:
+        """(B, K, D) to (B, K, D)."""
+        for block in self:
+            if self.checkpoint is not None and torch.is_grad_enabled():
+                tokens = self.checkpoint(block, tokens)
+            else:
+                tokens = block(tokens)
+        return tokens
+
+
+class Encoder(nn.Module):
+    """Embedding of the clip, selection of the visible tokens, positions, trunk."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        budget: TokenBudget,
+        *,
+        device_type: str,
+        checkpoint: Checkpoint | None,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        row = config.row
+        self.cut = config.tubelet, config.patch_pixels
+        self.patch_embed = TubeletEmbedding(*self.cut, row.width)
+        self.positions = Positions(config.positions, budget, row.width)
+        self.blocks = Trunk(
+            depth=row.depth,
+            width=row.width,
+            heads=row.heads,
+            mlp_ratio=row.mlp_ratio,
+            fused=use_fused_attention(config.attention, budget.visible, device_type),
+            checkpoint=checkpoint if config.checkpointing in ("encoder", "full") else None,
+            drop_path=drop_path,
+        )
+
+    def forward(self, clips: Tensor, select: Select, precise: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Encode what ``select`` makes visible.
+
+        Args:
+            clips: (B, 3, T, H, W) uint8.
+            select: chooses tokens from their embeddings.
+            precise: embed in fp32 for the selector.
+
+        Returns:
+            (B, V, D) encoded tokens before any final norm, (B, V) visible and (B, R) target indices, and the
+            (B, N, 3, P) uint8 patches, for the targets.
+        """
+        patches = patchify(clips, *self.cut)
+        tokens, visible_idx, target_idx = self.patch_embed(patches, select, precise)
+        tokens = self.positions(tokens, visible_idx).to(self.patch_embed.weight.dtype)
+        return self.blocks.run(tokens), visible_idx, target_idx, patches

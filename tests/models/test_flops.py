@@ -1,0 +1,71 @@
+"""Forward multiply-accumulates, counted on the real models, against every published figure."""
+
+import pytest
+from golden_fixtures import facts
+
+from everest_ds.config.schema import ModelConfig
+from everest_ds.models import MaskedAutoencoder, VideoClassifier
+from everest_ds.models.flops import forward_macs
+
+SIZE = {"S": "vit_small", "B": "vit_base", "L": "vit_large"}
+KINETICS_CLASSES = 400
+
+# Giga multiply-accumulates of one clip's forward pass: (size, model settings, published).
+PRETRAIN = [
+    *((size, {"method": "videomae"}, gmacs) for size, gmacs in (("S", 11.6), ("B", 35.5), ("L", 83.1))),  # Table 1
+    *((size, {"keep_ratio": 0.4}, gmacs) for size, gmacs in (("S", 6.3), ("B", 21.5), ("L", 60.8))),  # Table 1
+    *(("B", {"keep_ratio": r}, g) for r, g in ((0.5, 23.43), (0.4, 21.54), (0.3, 19.81), (0.2, 18.22))),  # Table 10
+    ("B", {"method": "videomae", "visible_ratio": 0.25}, 57.50),  # Table 10
+    ("B", {"method": "videomae"}, 35.48),  # Table 10
+    ("B", {"frames": 24}, 30.65),  # Table 12
+]
+FINETUNE = [
+    *(("S", {"keep_ratio": r}, g) for r, g in ((1.0, 57.0), (0.6, 29.1))),
+    *(("L", {"keep_ratio": r}, g) for r, g in ((1.0, 597.2), (0.6, 330.0))),
+    *(("B", {"keep_ratio": r}, g) for r, g in ((1.0, 180.5), (0.8, 137.5), (0.7, 117.3), (0.6, 98.1), (0.5, 79.8))),
+    ("B", {"keep_ratio": 0.6, "frames": 24}, 159.4),  # Table 12
+]
+
+
+def count_gmacs(build, config: ModelConfig) -> float:
+    return forward_macs(build, config) / 1e9
+
+
+@pytest.mark.parametrize(("size", "settings", "published"), PRETRAIN)
+def test_pretraining_compute_is_as_published(size, settings, published):
+    config = ModelConfig(size=SIZE[size], **settings)
+    assert count_gmacs(MaskedAutoencoder, config) == pytest.approx(published, rel=0.006)
+
+
+@pytest.mark.parametrize(("size", "settings", "published"), FINETUNE)
+def test_finetuning_compute_is_as_published(size, settings, published):
+    config = ModelConfig(size=SIZE[size], **settings)
+    gmacs = count_gmacs(lambda c: VideoClassifier(c, classes=KINETICS_CLASSES), config)
+    assert gmacs == pytest.approx(published, rel=0.006)
+
+
+@pytest.mark.parametrize(
+    ("key", "size", "settings"),
+    [
+        (f"pretrain/{letter}/{name}", size, settings)
+        for letter, size in (*SIZE.items(), ("H", "vit_huge"))
+        for name, settings in (
+            ("everest", {}),
+            ("videomae_0.9", {"method": "videomae"}),
+            ("videomae_0.75", {"method": "videomae", "visible_ratio": 0.25}),
+        )
+    ],
+)
+def test_pretraining_compute_is_the_official_models(key, size, settings):
+    entry = facts("flops")["entries"][key]
+    config = ModelConfig(size=size, **settings)
+    assert count_gmacs(MaskedAutoencoder, config) == pytest.approx(entry["macs"] / 1e9, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["everest", "videomae"])
+def test_fused_attention_counts_as_eager(method):
+    fused, eager = (
+        forward_macs(MaskedAutoencoder, ModelConfig(size="vit_micro", method=method, image_size=64, attention=a))
+        for a in ("fused", "eager")
+    )
+    assert fused == eager
