@@ -15,9 +15,9 @@ class UserError(Exception):
     """A mistake that its message explains in one line: what is wrong, where, and what to do."""
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the closest known word, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.5) -> str:
+    """Return ``"; did you mean 'x'?"`` for the known word most like it (0 to 1), or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 

@@ -19,6 +19,7 @@ Attention = Literal["auto", "fused", "eager"]
 Checkpointing = Literal["none", "encoder", "decoder", "full"]
 Positions = Literal["flattened", "separable"]
 Decoder = Literal["decord", "torchcodec"]
+AdamChoice = Literal["auto", "deepspeed", "apex", "torch"]
 
 
 def setting(default: Any, doc: str, *, source: str = "ours") -> Any:
@@ -155,6 +156,9 @@ class OptimConfig:
     weight_decay: float = setting(0.05, "AdamW weight decay of matrices; vectors have none", source="paper, Table 7")
     betas: tuple[float, float] = setting((0.9, 0.95), "Adam's averaging factors", source="paper, Table 7")
     eps: float = setting(1e-8, "Adam's epsilon", source="VideoMAE")
+    implementation: AdamChoice = setting(
+        "auto", "which AdamW: DeepSpeed's fused, NVIDIA apex's, torch's fused; auto: the first that works here"
+    )
     layer_decay: float = setting(1.0, "learning-rate factor per layer from the top; 1: none", source="paper, Table 8")
 
     def __post_init__(self) -> None:

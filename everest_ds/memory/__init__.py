@@ -1,1 +1,1 @@
-"""everest_ds.memory."""
+"""What a run needs in memory, predicted and measured."""

@@ -1,1 +1,1 @@
-"""everest_ds.training."""
+"""The training run: one DeepSpeed engine, one loop, checkpoints, metrics."""

@@ -1,0 +1,68 @@
+"""The batch equation: global batch = micro-batch x accumulation x ranks, from whichever of them are known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from everest_ds.config.errors import UserError
+from everest_ds.config.schema import TrainConfig
+
+AUTO = "auto"
+# The DeepSpeed JSON's names for the three numbers.
+GLOBAL, MICRO, ACCUMULATION = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """Clips per rank per pass, passes per step, and ranks."""
+
+    micro: int
+    accumulation: int
+    ranks: int
+
+    @property
+    def total(self) -> int:
+        """The global batch: clips per optimizer step."""
+        return self.micro * self.accumulation * self.ranks
+
+    @classmethod
+    def resolve(cls, train: TrainConfig, ds: Mapping[str, Any], ranks: int) -> Batches:
+        """Solve the equation from the recipe and the DeepSpeed JSON.
+
+        Raises:
+            UserError: recipe and JSON disagree, nothing is known, or the equation has no solution.
+        """
+        total = _agree("train.global_batch", train.global_batch, GLOBAL, ds)
+        micro = _agree("train.micro_batch", train.micro_batch, MICRO, ds)
+        accumulation = _agree("", None, ACCUMULATION, ds)
+        if total is None and micro is None:
+            raise UserError("batch: set train.global_batch or train.micro_batch (clips)")
+        if total is None:
+            return cls(micro=micro or 0, accumulation=accumulation or 1, ranks=ranks)
+        if micro is None:
+            micro = total // ((accumulation or 1) * ranks)
+        if accumulation is None:
+            accumulation = total // (micro * ranks) if micro else 0
+        if micro * accumulation * ranks != total or not total:
+            raise UserError(
+                f"batch: global batch {total} is not micro-batch {micro} x accumulation {accumulation} x ranks {ranks} "
+                f"= {micro * accumulation * ranks}; change train.global_batch, train.micro_batch or the number of ranks"
+            )
+        return cls(micro=micro, accumulation=accumulation, ranks=ranks)
+
+    def as_deepspeed(self) -> dict[str, int]:
+        """The three numbers under DeepSpeed's names."""
+        return {GLOBAL: self.total, MICRO: self.micro, ACCUMULATION: self.accumulation}
+
+
+def _agree(recipe_key: str, recipe_value: int | None, ds_key: str, ds: Mapping[str, Any]) -> int | None:
+    ds_value = ds.get(ds_key, AUTO)
+    if ds_value == AUTO:
+        return recipe_value
+    if not isinstance(ds_value, int) or isinstance(ds_value, bool) or ds_value < 1:
+        raise UserError(f"ds_config {ds_key}: expected a positive whole number or 'auto', got {ds_value!r}")
+    if recipe_value not in (None, ds_value):
+        raise UserError(f"ds_config {ds_key} = {ds_value} contradicts {recipe_key} = {recipe_value}; use 'auto' in one")
+    return ds_value

@@ -1,0 +1,179 @@
+"""A DeepSpeed JSON and a recipe become the dictionary that DeepSpeed gets: "auto" filled, contradictions refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from everest_ds.config.batches import AUTO, Batches
+from everest_ds.config.errors import UserError, nearest
+from everest_ds.config.schema import OptimConfig, Recipe
+
+# Eight buckets: all but an eighth of the gradients can travel while the backward pass still computes. DeepSpeed's
+# default, 5e8 elements, is larger than most of our models: a gigabyte per rank that is never filled.
+_BUCKETS = 8
+_LARGEST_BUCKET = 100_000_000  # elements; beyond this a larger message is no faster
+_BUCKET_ALIGNMENT = 1024  # elements; DeepSpeed wants its all-gather bucket even
+# Parameters smaller than this stay whole under ZeRO-3: norms and biases, ten times the width (Hugging Face's rule).
+_PERSISTENT_WIDTHS = 10
+_CLOSE_KEY = 0.8
+
+# DeepSpeed ignores a top-level key that it doesn't know, so a typing mistake would train something else unnoticed.
+_TOP_LEVEL_KEYS = """
+activation_checkpointing aio amp autotuning bf16 checkpoint comet comms_logger communication_data_type compile
+compression_training csv_monitor data_efficiency data_types dump_state elasticity flops_profiler fp16
+gradient_accumulation_steps gradient_clipping gradient_predivide_factor load_universal_checkpoint memory_breakdown
+monitor_config optimizer prescale_gradients scheduler seed sparse_gradients steps_per_print tensorboard torch_autocast
+train_batch_size train_micro_batch_size_per_gpu wall_clock_breakdown wandb zero_allow_untested_optimizer
+zero_force_ds_cpu_optimizer zero_optimization
+""".split()  # noqa: SIM905
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What "auto" depends on besides the recipe: the model, the ranks, the machine.
+
+    ``parameters`` and ``largest`` count elements (of the model, of its largest tensor), ``width`` channels.
+    """
+
+    parameters: int
+    largest: int
+    width: int
+    ranks: int
+    on_cpu: bool
+    bf16_supported: bool
+    fp16_supported: bool
+
+
+def load_ds_config(path: str | Path) -> dict[str, Any]:
+    """Read a DeepSpeed JSON.
+
+    Raises:
+        UserError: the file is missing, isn't JSON, isn't an object, or has a mistyped top-level key.
+    """
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"ds_config {path}: {error.strerror}; shipped ones are in ds_configs/") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"ds_config {path}: not a JSON file ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"ds_config {path}: expected a JSON object, got {type(config).__name__}")
+    for key in config:
+        hint = "" if key in _TOP_LEVEL_KEYS else nearest(key, _TOP_LEVEL_KEYS, cutoff=_CLOSE_KEY)
+        if hint:
+            raise UserError(f"ds_config {path}: unknown key '{key}'{hint}")
+    return config
+
+
+def resolve_ds_config(raw: dict[str, Any], recipe: Recipe, facts: Facts) -> tuple[dict[str, Any], Batches]:
+    """Return the dictionary for ``deepspeed.initialize`` and the batch numbers.
+
+    Raises:
+        UserError: recipe and JSON contradict each other, or ask for what the machine can't do.
+    """
+    ds = copy.deepcopy(raw)
+    batches = Batches.resolve(recipe.train, ds, facts.ranks)
+    ds |= batches.as_deepspeed()
+    if "scheduler" in ds:
+        raise UserError("ds_config scheduler: the schedule is the recipe's (optim.*); remove it from the JSON")
+    _fill_precision(ds, facts)
+    _fill(ds.get("optimizer", {}).get("params", {}), "optimizer.params", _optimizer_rules(recipe.optim, batches))
+    _fill(ds.get("zero_optimization", {}), "zero_optimization", _zero_rules(facts))
+    for name in ("offload_optimizer", "offload_param"):
+        section = ds.get("zero_optimization", {}).get(name, {})
+        _fill(section, f"zero_optimization.{name}", {"pin_memory": not facts.on_cpu})
+    _check_offload(ds)
+    unfilled = list(_autos(ds))
+    if unfilled:
+        raise UserError(f"ds_config {unfilled[0]}: 'auto' can't be filled here; give a value")
+    # Progress and metrics are ours; DeepSpeed's own line per ten steps says the same again.
+    ds.setdefault("steps_per_print", 2**31)
+    return ds, batches
+
+
+def zero_stage(ds: dict[str, Any]) -> int:
+    """The ZeRO stage that a DeepSpeed configuration asks for."""
+    return int(ds.get("zero_optimization", {}).get("stage", 0))
+
+
+def offloads_optimizer(ds: dict[str, Any]) -> bool:
+    """Whether the optimizer's states live on the host (or NVMe), so that it must be DeepSpeedCPUAdam."""
+    section = ds.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return section.get("device", "none") != "none"
+
+
+def precision(ds: dict[str, Any]) -> str:
+    """The type of parameters and activations: bf16, fp16 or fp32."""
+    return next((name for name in ("bf16", "fp16") if ds.get(name, {}).get("enabled", False)), "fp32")
+
+
+def scaled_lr(lr_per_256: float, global_batch: int) -> float:
+    """The linear scaling rule: rates are stated per 256 clips (paper, Table 7)."""
+    return lr_per_256 * global_batch / 256
+
+
+def bucket_elements(facts: Facts) -> int:
+    """Elements of a communication bucket that suits the model: an eighth of it, at least its largest tensor."""
+    wanted = max(facts.largest, min(math.ceil(facts.parameters / _BUCKETS), _LARGEST_BUCKET))
+    return math.ceil(wanted / _BUCKET_ALIGNMENT) * _BUCKET_ALIGNMENT
+
+
+def _optimizer_rules(optim: OptimConfig, batches: Batches) -> dict[str, Any]:
+    return {
+        "lr": scaled_lr(optim.base_lr, batches.total),
+        "betas": list(optim.betas),
+        "eps": optim.eps,
+        "weight_decay": optim.weight_decay,
+    }
+
+
+def _zero_rules(facts: Facts) -> dict[str, Any]:
+    bucket = bucket_elements(facts)
+    return {
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "stage3_prefetch_bucket_size": bucket,
+        "stage3_param_persistence_threshold": _PERSISTENT_WIDTHS * facts.width,
+    }
+
+
+def _fill(section: dict[str, Any], where: str, rules: dict[str, Any]) -> None:
+    if not isinstance(section, dict):
+        raise UserError(f"ds_config {where}: expected an object, got {section!r}")
+    for key, value in rules.items():
+        if section.get(key) == AUTO:
+            section[key] = value
+
+
+def _fill_precision(ds: dict[str, Any], facts: Facts) -> None:
+    supported = {"bf16": facts.bf16_supported, "fp16": facts.fp16_supported}
+    for name, able in supported.items():
+        _fill(ds.get(name, {}), name, {"enabled": able and not facts.on_cpu})
+    enabled = [name for name in supported if ds.get(name, {}).get("enabled", False)]
+    if len(enabled) > 1:
+        raise UserError("ds_config: bf16 and fp16 are both enabled; choose one")
+    for name in enabled:
+        if not supported[name]:
+            raise UserError(f"ds_config {name}: this accelerator does not support it; use bf16 or fp32")
+
+
+def _check_offload(ds: dict[str, Any]) -> None:
+    zero = ds.get("zero_optimization", {})
+    for name, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        device = (zero.get(name) or {}).get("device", "none")
+        if device != "none" and zero_stage(ds) < least:
+            raise UserError(f"ds_config zero_optimization.{name}: needs ZeRO stage {least} or higher")
+
+
+def _autos(tree: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _autos(value, f"{prefix}.{key}" if prefix else key)
+    elif tree == AUTO:
+        yield prefix

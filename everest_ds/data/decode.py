@@ -1,0 +1,181 @@
+"""Frames of a video file: one function, and a table of the libraries that can do it.
+
+A file is opened, asked for all the frames that are needed at once, and closed. Readers are never kept: one held across
+a fork aborts the worker, and long-lived ones grow. Nothing falls back to another library: frames are right or the
+file is reported (see ``tools/prepare_videos.py scan`` for files that decord reads wrong without noticing).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import re
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from everest_ds.config.errors import UserError
+
+_LONGEST_REASON = 200
+
+
+class DecodeError(Exception):
+    """A file from which the frames could not be read."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        # Both to Exception: it is rebuilt from its arguments when it comes out of a worker process.
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class Reader(Protocol):
+    """An open video."""
+
+    def __len__(self) -> int:
+        """Return the number of frames."""
+
+    def frames(self, ids: list[int]) -> NDArray[np.uint8]:
+        """Return frames (len(ids), H, W, 3), RGB; ``ids`` ascend strictly."""
+
+
+def decode(path: str, choose: Callable[[int], ArrayLike], decoder: str = "decord") -> NDArray[np.uint8]:
+    """Open a video, let ``choose`` pick frame ids knowing the number of frames, and return those frames.
+
+    Args:
+        path: the file.
+        choose: maps the number of frames (at least 1) to ids in [0, number), in any order, repeats allowed.
+        decoder: a key of :data:`DECODERS`.
+
+    Returns:
+        uint8 (T, H, W, 3), RGB, in the order of the ids.
+
+    Raises:
+        DecodeError: no such file, not a video, or damaged where it was read.
+        UserError: the library is not installed (call :func:`require_decoder` early to hear it once).
+    """
+    open_reader, errors = DECODERS[decoder]()
+    _check_file(path)
+    with _reported(path, errors):
+        reader = open_reader(path)
+        length = len(reader)
+    if length < 1:
+        raise DecodeError(path, "holds no frame")
+    # Sorted and without repeats, a file is read forward once, however the views overlap.
+    ids, places = np.unique(np.asarray(choose(length), dtype=np.int64), return_inverse=True)
+    with _reported(path, errors):
+        frames = reader.frames(ids.tolist())
+    return frames if np.array_equal(places, np.arange(len(ids))) else frames[places]
+
+
+def require_decoder(name: str) -> None:
+    """Load a decoder's library.
+
+    Raises:
+        UserError: the name is unknown, or the library is missing or doesn't load.
+    """
+    if name not in DECODERS:
+        raise UserError(f"data.decoder: unknown decoder '{name}'; one of {', '.join(DECODERS)}")
+    DECODERS[name]()
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message as one readable line, without source positions and stack traces."""
+    lines = (line.strip() for line in str(error).splitlines())
+    first = next((line for line in lines if line), type(error).__name__)
+    # decord: "[12:00:00] /path/x.cc:292: [12:00:00] /path/y.cc:218: Check failed: ..."
+    reason = re.sub(r"(\[\d\d:\d\d:\d\d\] \S+\.\w+:\d+: )+", "", first)
+    # torchcodec: "function, /path/x.cpp:41, Could not ..."
+    reason = re.sub(r"^\w+, \S+\.cpp:\d+, ", "", reason)
+    return reason if len(reason) <= _LONGEST_REASON else reason[: _LONGEST_REASON - 3] + "..."
+
+
+@contextlib.contextmanager
+def _reported(path: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
+    try:
+        yield
+    except errors as error:
+        raise DecodeError(path, one_line(error)) from error
+
+
+def _check_file(path: str) -> None:
+    """Name the plain cases, which the libraries lump together as "Error reading"."""
+    try:
+        status = Path(path).stat()
+    except (OSError, ValueError) as error:
+        raise DecodeError(path, (getattr(error, "strerror", None) or str(error)).lower()) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise DecodeError(path, "not a file")
+    if status.st_size == 0:
+        raise DecodeError(path, "empty file")
+
+
+class _DecordReader:
+    def __init__(self, decord: Any, path: str) -> None:
+        # One thread: the workers are the parallelism.
+        self._reader = decord.VideoReader(path, num_threads=1)
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def frames(self, ids: list[int]) -> NDArray[np.uint8]:
+        frames: NDArray[np.uint8] = self._reader.get_batch(ids).asnumpy()
+        return frames
+
+
+class _TorchcodecReader:
+    def __init__(self, decoders: Any, path: str) -> None:
+        self._decoder = decoders.VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
+
+    def __len__(self) -> int:
+        return len(self._decoder)
+
+    def frames(self, ids: list[int]) -> NDArray[np.uint8]:
+        frames: NDArray[np.uint8] = self._decoder.get_frames_at(indices=ids).data.numpy()
+        return frames
+
+
+_Opener = tuple[Callable[[str], Reader], tuple[type[Exception], ...]]
+
+
+@functools.cache
+def _decord() -> _Opener:
+    decord = _import("decord")
+    # FFmpeg's chatter about broken files; decord itself still writes one line for a file that it can't open.
+    decord.logging.set_level(decord.logging.QUIET)
+    own = [
+        kind for name, kind in vars(decord._ffi.base).items() if name.startswith("DECORD") and name.endswith("Error")
+    ]
+    # An assertion guards its frame count.
+    return functools.partial(_DecordReader, decord), (RuntimeError, AssertionError, *own)
+
+
+@functools.cache
+def _torchcodec() -> _Opener:
+    decoders = _import("torchcodec.decoders", extra="torchcodec")
+    return functools.partial(_TorchcodecReader, decoders), (RuntimeError, ValueError)
+
+
+DECODERS: dict[str, Callable[[], _Opener]] = {"decord": _decord, "torchcodec": _torchcodec}
+"""Name -> a function that loads the library and returns how it opens a file and the exceptions it raises."""
+
+
+def _import(name: str, extra: str | None = None) -> Any:
+    """Import a library where it is first needed: an unused one costs memory in every worker."""
+    library = name.partition(".")[0]
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        wanted = f"everest_ds[{extra}]" if extra else "everest_ds"
+        raise UserError(f"data.decoder: {library} is not installed; pip install '{wanted}'") from error
+    except (ImportError, OSError, RuntimeError) as error:
+        # torchcodec without FFmpeg's shared libraries raises RuntimeError, and the first line says so.
+        raise UserError(f"data.decoder: {library} does not load: {one_line(error)}") from error

@@ -1,0 +1,277 @@
+"""Batches for one rank over a whole run: which samples, in which order, by which processes, and what was unreadable."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from everest_ds.config.errors import UserError
+from everest_ds.data.dataset import LOST, ClipDataset, Failure, Sample
+from everest_ds.data.randomness import Stream, generator
+
+# Below this many tried videos a share says little: one bad file among the first three is no tenth of anything.
+JUDGED_FROM = 20
+_NAMED_PATHS = 10
+
+_log = logging.getLogger(__name__)
+
+Key = tuple[int, int]
+"""(epoch, index) of a sample."""
+
+
+class Batch(NamedTuple):
+    """Clips of one rank and one pass; B counts clips, the views of a video side by side.
+
+    ``clips`` uint8 (B, 3, T, H, W); ``noise`` float32 (B, N); ``labels`` int64 (B,), -1: none; ``index`` int64 (B,)
+    of the videos, -1: lost; ``bad`` the videos that failed on the way; ``lost`` the samples for which no video could be
+    read.
+    """
+
+    clips: torch.Tensor
+    noise: torch.Tensor
+    labels: torch.Tensor
+    index: torch.Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody misses on a batch
+    bad: list[Failure]
+    lost: int
+
+
+class StepSampler(Sampler[list[Key]]):
+    """The micro-batches of one rank, from ``first_step`` on: for every optimizer step, one list per accumulation pass.
+
+    A step takes the next ``global_batch / clips_per_video`` videos of its epoch's permutation. Pass by pass and in it
+    rank by rank, each takes its share, so a step's samples are the same for any split into ranks and passes. The
+    incomplete last step of an epoch is left out. Iterating again starts at ``first_step`` again.
+
+    Args:
+        videos: videos in the manifest.
+        seed: the run's; the order of an epoch is a function of (seed, epoch) alone.
+        micro_batch: clips per rank and pass.
+        clips_per_video: views per video, in one micro-batch.
+        accumulation: passes per step.
+        rank: this rank, of ``ranks``.
+        ranks: data-parallel ranks.
+        first_step: optimizer steps already done, over all epochs.
+        last_step: stop before this step; None: never stop.
+        key: the setting that named the manifest, for messages.
+
+    Raises:
+        UserError: fewer videos than one step takes, or a video's clips don't fit in a micro-batch evenly.
+    """
+
+    def __init__(
+        self,
+        videos: int,
+        *,
+        seed: int,
+        micro_batch: int,
+        clips_per_video: int = 1,
+        accumulation: int = 1,
+        rank: int = 0,
+        ranks: int = 1,
+        first_step: int = 0,
+        last_step: int | None = None,
+        key: str = "data.train",
+    ) -> None:
+        if micro_batch % clips_per_video:
+            raise UserError(
+                f"train.micro_batch: {micro_batch} clips do not divide into videos of data.clips_per_video = "
+                f"{clips_per_video}; make it a multiple"
+            )
+        self._videos, self._seed = videos, seed
+        self._share, self._passes = micro_batch // clips_per_video, accumulation
+        self._rank, self._ranks = rank, ranks
+        self._first, self._last = first_step, last_step
+        if videos < self._per_step:
+            clips = self._per_step * clips_per_video
+            raise UserError(
+                f"{key}: {videos} videos are fewer than the {self._per_step} that one step of {clips} clips takes; "
+                f"lower train.global_batch to {videos * clips_per_video} or less, or list more videos"
+            )
+
+    @property
+    def _per_step(self) -> int:
+        return self._share * self._passes * self._ranks
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the manifest."""
+        return self._videos // self._per_step
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        step, order_of = self._first, -1
+        order = np.empty(0, dtype=np.int64)
+        while self._last is None or step < self._last:
+            epoch, place = divmod(step, self.steps_per_epoch)
+            if epoch != order_of:
+                order, order_of = epoch_order(self._videos, self._seed, epoch), epoch
+            for turn in range(self._passes):
+                start = place * self._per_step + (turn * self._ranks + self._rank) * self._share
+                yield [(epoch, int(video)) for video in order[start : start + self._share]]
+            step += 1
+
+
+def epoch_order(videos: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the order (videos,) in which an epoch takes the videos."""
+    return generator(Stream.ORDER, seed, epoch).permutation(videos)
+
+
+def evaluation_batches(videos: int, *, batch: int, rank: int = 0, ranks: int = 1) -> list[list[Key]]:
+    """Return batches of up to ``batch`` videos for one rank, every video once over all ranks.
+
+    The ranks have equally many batches of equal sizes, as collectives need: where the videos don't divide, the first
+    ones come a second time. ``Batch.index`` tells the repeats.
+    """
+    per_rank = -(-videos // ranks)
+    mine = [(0, (rank + ranks * i) % videos) for i in range(per_rank)]
+    return [mine[i : i + batch] for i in range(0, per_rank, batch)]
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Return the samples' views as one batch."""
+    repeats = torch.tensor([len(sample.clips) for sample in samples])
+    return Batch(
+        clips=torch.cat([sample.clips for sample in samples]),
+        noise=torch.cat([sample.noise for sample in samples]),
+        labels=torch.tensor([sample.label for sample in samples]).repeat_interleave(repeats),
+        index=torch.tensor([sample.index for sample in samples]).repeat_interleave(repeats),
+        bad=[failure for sample in samples for failure in sample.bad],
+        lost=sum(sample.index == LOST for sample in samples),
+    )
+
+
+class ClipLoader:
+    """Iterates over batches; a stuck or dead worker ends in one line that names the video."""
+
+    def __init__(self, dataset: ClipDataset, loader: DataLoader[Sample]) -> None:
+        self._dataset, self._loader = dataset, loader
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._dataset.reading.fill_(LOST)
+        batches = iter(self._loader)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                raise self._explained(error) from error
+            yield batch
+
+    def _explained(self, error: RuntimeError) -> Exception:
+        message = str(error).splitlines()[0]
+        videos = [self._dataset.path(i) for i in self._dataset.reading.tolist() if i != LOST]
+        reading = f"the workers were reading {', '.join(videos)}" if videos else "no video had been opened"
+        if "timed out" in message:
+            return UserError(
+                f"data.timeout_s: no batch came within {self._loader.timeout:g} s; {reading}; remove the video that "
+                "hangs, or raise data.timeout_s if the storage is slow"
+            )
+        if "worker" in message and ("killed" in message or "exited" in message):
+            return UserError(
+                f"data.workers: a decoding process died ({message}); {reading}; too little memory or /dev/shm "
+                "(docker: --shm-size), or a video that crashes the decoder"
+            )
+        return error
+
+
+def build_loader(dataset: ClipDataset, batches: Iterable[list[Key]], *, device: str = "cpu") -> ClipLoader:
+    """Return the loader of one rank over all of ``batches`` (a :class:`StepSampler`: one iterator across epochs).
+
+    Args:
+        dataset: where samples come from, with its ``data`` settings (workers, prefetch, timeout_s).
+        batches: keys of each batch; iterated once per iteration of the loader.
+        device: the accelerator's name, such as ``cuda``; anything but ``cpu`` makes batches in pinned memory.
+    """
+    data = dataset.data
+    loader: DataLoader[Sample] = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=data.workers,
+        prefetch_factor=data.prefetch if data.workers else None,
+        timeout=data.timeout_s if data.workers else 0,
+        collate_fn=collate,
+        worker_init_fn=_start_worker,
+        pin_memory=device != "cpu",
+        # Its own: the loader draws a seed when it starts, which would shift the global generator's later draws.
+        generator=torch.Generator().manual_seed(0),
+    )
+    return ClipLoader(dataset, loader)
+
+
+def _start_worker(worker: int) -> None:  # noqa: ARG001
+    torch.set_num_threads(1)
+    # Ctrl-C reaches the whole process group; the training process decides when to stop, and needs data until then.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class BadCounts(NamedTuple):
+    """How many videos were tried, how many of them were unreadable, and how many samples found no readable one."""
+
+    tried: int
+    bad: int
+    lost: int
+
+
+class BadSamples:
+    """Counts unreadable videos over a run, logs each once, and says when there are too many.
+
+    The rule: a lost sample ends the run at once, since there is nothing to train on in its place. Otherwise the share
+    of bad among tried videos counts, from the run's start, once :data:`JUDGED_FROM` videos were tried.
+
+    Args:
+        max_share: data.max_bad_share.
+        clips_per_video: views per video, to count videos in a batch.
+        lost_ends: False for evaluation, which never substitutes and where a lost sample is just a bad one.
+        key: the setting that named the manifest, for messages.
+    """
+
+    def __init__(
+        self, max_share: float, *, clips_per_video: int = 1, lost_ends: bool = True, key: str = "data.train"
+    ) -> None:
+        self._max_share, self._views, self._lost_ends, self._key = max_share, clips_per_video, lost_ends, key
+        self._reasons: dict[str, str] = {}
+        self.counts = BadCounts(0, 0, 0)
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Every bad path met so far, with its first reason."""
+        return dict(self._reasons)
+
+    def add(self, batch: Batch) -> None:
+        """Count a batch, and log the bad paths that are new."""
+        read = len(batch.index) // self._views - batch.lost
+        tried, bad, lost = self.counts
+        self.counts = BadCounts(tried + read + len(batch.bad), bad + len(batch.bad), lost + batch.lost)
+        for path, reason in batch.bad:
+            if path not in self._reasons:
+                self._reasons[path] = reason
+                _log.warning("unreadable video %s: %s", path, reason)
+
+    def check(self, counts: BadCounts | None = None) -> None:
+        """Raise if too many videos are unreadable.
+
+        Args:
+            counts: sums over all ranks, so that all ranks decide alike; None: this rank's own.
+
+        Raises:
+            UserError: a sample was lost, or the share is above ``max_share``; lists paths and reasons.
+        """
+        tried, bad, lost = self.counts if counts is None else counts
+        if lost and self._lost_ends:
+            what = f"no readable video was found for {lost} sample(s), after {bad} of {tried} tried failed"
+        elif tried >= JUDGED_FROM and bad > self._max_share * tried:
+            what = f"{bad} of {tried} videos tried are unreadable, above data.max_bad_share = {self._max_share:g}"
+        else:
+            return
+        raise UserError(f"{self._key}: {what}: {self._listed()}; repair them or take them out of the manifest")
+
+    def _listed(self) -> str:
+        named = [f"{path} ({reason})" for path, reason in list(self._reasons.items())[:_NAMED_PATHS]]
+        more = len(self._reasons) - len(named)
+        return ", ".join(named + [f"... and {more} more"] * (more > 0)) or "see the other ranks' logs"

@@ -1,0 +1,66 @@
+"""Saving a run and finding the place to continue from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from everest_ds.config.errors import UserError
+from everest_ds.config.load import to_tree
+from everest_ds.config.schema import ModelConfig, Recipe
+from everest_ds.training.run_dir import RunDir
+
+# Settings of a model that change nothing about its weights.
+_FREE_TO_CHANGE = ("attention", "checkpointing")
+
+
+def find_resume(recipe: Recipe) -> RunDir | None:
+    """Return the run directory to continue from, or None to start afresh.
+
+    Raises:
+        UserError: the output directory holds a run that would be overwritten, there is nothing to continue from, or
+            it is a run of another model.
+    """
+    output, resume = RunDir(Path(recipe.train.output_dir)), recipe.train.resume
+    if resume == "off":
+        if output.has_results():
+            raise UserError(
+                f"train.output_dir: {output.path} already holds a run; continue it with --resume auto, or choose "
+                "another train.output_dir"
+            )
+        return None
+    if resume == "auto" and not output.has_checkpoint():
+        return None
+    source = output if resume == "auto" else RunDir(Path(resume))
+    found = source.read_model()
+    if not source.has_checkpoint():
+        raise UserError(f"train.resume: {source.path} holds no checkpoint to continue from")
+    difference = _first_difference(found, recipe.model)
+    if difference:
+        raise UserError(f"train.resume: {source.path} is a run of another model ({difference})")
+    return source
+
+
+def save(engine: Any, run_dir: RunDir, step: int) -> None:
+    """Write a checkpoint of the state after ``step`` steps; a collective call."""
+    engine.save_checkpoint(str(run_dir.checkpoints), tag=f"step-{step:08d}", client_state={"step": step})
+
+
+def load(engine: Any, source: RunDir) -> int:
+    """Load the latest checkpoint and return the number of steps done; a collective call.
+
+    Raises:
+        UserError: the checkpoint can't be loaded.
+    """
+    path, state = engine.load_checkpoint(str(source.checkpoints))
+    if path is None:
+        raise UserError(f"train.resume: no loadable checkpoint in {source.checkpoints}")
+    return int(state["step"])
+
+
+def _first_difference(saved: ModelConfig, asked: ModelConfig) -> str:
+    old, new = to_tree(saved), to_tree(asked)
+    for key in old:
+        if key not in _FREE_TO_CHANGE and old[key] != new[key]:
+            return f"model.{key} is {old[key]} there and {new[key]} here"
+    return ""

@@ -1,0 +1,95 @@
+"""The one place that calls ``deepspeed.initialize``."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from everest_ds.config.batches import GLOBAL, Batches
+from everest_ds.config.ds_config import Facts, resolve_ds_config
+from everest_ds.config.errors import UserError
+from everest_ds.config.schema import Recipe
+from everest_ds.models import MaskedAutoencoder
+from everest_ds.training import ranks
+from everest_ds.training.optim import build_optimizer, parameter_groups
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A DeepSpeed engine, and the line that says which Adam runs."""
+
+    engine: Any
+    optimizer: str
+
+
+def build_pretraining_model(recipe: Recipe) -> MaskedAutoencoder:
+    """Build the autoencoder with the recipe's seed, so that every rank starts from the same weights."""
+    torch.manual_seed(recipe.train.seed)
+    return MaskedAutoencoder(
+        recipe.model,
+        device_type=ranks.device().type,
+        checkpoint=deepspeed.checkpointing.checkpoint,
+    )
+
+
+def describe(model: nn.Module, width: int, world_size: int) -> Facts:
+    """Collect what "auto" values of a DeepSpeed JSON depend on."""
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    accelerator = get_accelerator()
+    return Facts(
+        parameters=sum(sizes),
+        largest=max(sizes),
+        width=width,
+        ranks=world_size,
+        on_cpu=ranks.on_cpu(),
+        bf16_supported=bool(accelerator.is_bf16_supported()),
+        fp16_supported=bool(accelerator.is_fp16_supported()),
+    )
+
+
+def check_ds_config(ds: dict[str, Any]) -> None:
+    """Let DeepSpeed judge a resolved configuration.
+
+    Raises:
+        UserError: DeepSpeed refuses it; the message is DeepSpeed's.
+    """
+    try:
+        # Without the global batch: it is solved already, and DeepSpeed knows of one rank until the group exists.
+        deepspeed.DeepSpeedConfig({key: value for key, value in ds.items() if key != GLOBAL})
+    except Exception as error:  # DeepSpeed raises pydantic's, its own and plain assertion errors alike
+        raise UserError(f"ds_config: DeepSpeed refuses it: {' '.join(str(error).split())}") from error
+
+
+def resolve(raw: dict[str, Any], recipe: Recipe, model: nn.Module) -> tuple[dict[str, Any], Batches]:
+    """Fill a DeepSpeed JSON for this recipe, model and machine, and let DeepSpeed judge the result.
+
+    Raises:
+        UserError: recipe, JSON and machine don't go together.
+    """
+    ds, batches = resolve_ds_config(raw, recipe, describe(model, recipe.model.row.width, ranks.world_size()))
+    check_ds_config(ds)
+    return ds, batches
+
+
+def initialise(model: nn.Module, recipe: Recipe, ds_config: dict[str, Any]) -> Built:
+    """Turn a model, a recipe and a resolved DeepSpeed configuration into a running engine.
+
+    Raises:
+        UserError: the optimizer asked for can't be had here.
+    """
+    ds = dict(ds_config)
+    deepspeed.checkpointing.configure(None, deepspeed_config=ds)
+    optimizer, line = build_optimizer(model, recipe.optim, ds)
+    parameters = None if optimizer else parameter_groups(model, recipe.optim.weight_decay)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, model_parameters=parameters, config=ds, dist_init_required=False
+    )
+    return Built(engine=engine, optimizer=line)

@@ -1,0 +1,124 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everest_ds.config.batches import Batches
+from everest_ds.config.schema import TrainConfig
+from everest_ds.data.loader import BadSamples, Batch
+from everest_ds.memory.meters import peak_bytes
+from everest_ds.training import ranks
+from everest_ds.training.metrics import MetricsFile, ProgressLine
+from everest_ds.training.schedule import CosineSchedule
+from everest_ds.training.window import Window
+
+EXIT_BAD_NUMBERS = 3
+EXIT_RESTART_ME = 75
+
+
+@dataclass(kw_only=True)
+class Training:
+    """All that the loop works on. ``step`` counts optimizer steps done."""
+
+    engine: Any
+    batches: Batches
+    loader: Iterator[Batch]
+    schedule: CosineSchedule
+    config: TrainConfig
+    steps_per_epoch: int
+    bad_samples: BadSamples
+    metrics: MetricsFile | None
+    save: Any  # called with the step after which to save; collective
+    step: int = 0
+    saved_at: int = -1
+    started: float = field(default_factory=time.monotonic)
+
+
+def train(run: Training) -> int:
+    """Train to the schedule's end and save. Returns an exit code: 0 done, 3 bad numbers, 75 out of time (saved)."""
+    last = run.schedule.total_steps
+    window = Window(run.engine.device)
+    code = 0
+    with ProgressLine(last, start_step=run.step, speaks=ranks.is_main()) as progress:
+        while run.step < last and not code:
+            loss = optimizer_step(run, window)
+            window.add(loss)
+            run.step += 1
+            progress.advance(run.step)
+            if run.step in (1, last) or run.step % run.config.log_every_steps == 0:
+                record, code = close_window(run, window)
+                progress.report(record)
+            if run.config.save_every_steps and run.step % run.config.save_every_steps == 0 and not code:
+                save(run)
+    if code != EXIT_BAD_NUMBERS:
+        save(run)
+    return code
+
+
+def optimizer_step(run: Training, window: Window) -> Tensor:
+    """Run one step over its accumulation passes. Returns the mean loss on the device, unread: no host sync here."""
+    engine = run.engine
+    lr = run.schedule(run.step)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    losses = []
+    for _ in range(run.batches.accumulation):
+        with window.waiting_for_data():
+            batch = next(run.loader)
+        run.bad_samples.add(batch)
+        clips, noise = (t.to(engine.device, non_blocking=True) for t in (batch.clips, batch.noise))
+        loss = engine(clips, noise).loss
+        engine.backward(loss)
+        losses.append(loss.detach())
+        engine.step()
+    return torch.stack(losses).mean()
+
+
+def close_window(run: Training, window: Window) -> tuple[dict[str, Any], int]:
+    """Read what has gathered since the last logged step: the one place where the host waits for the device.
+
+    Returns:
+        The record for metrics.jsonl, and an exit code if the run has to stop.
+
+    Raises:
+        UserError: too many videos can't be read.
+    """
+    counts = run.bad_samples.counts
+    out_of_time = 0 < run.config.max_minutes * 60 < time.monotonic() - run.started
+    sums = window.reduce([*counts, float(out_of_time)])
+    tried, bad, lost, late = (int(total) for total in sums.extra)
+    run.bad_samples.check(type(counts)(tried, bad, lost))
+    engine = run.engine
+    norm = engine.get_global_grad_norm()
+    record = {
+        "step": run.step,
+        "epoch": run.step / run.steps_per_epoch,
+        "loss": sums.loss,
+        "lr": run.schedule(run.step - 1),
+        "grad_norm": None if norm is None else float(norm),
+        "clips_per_s": run.batches.total / sums.step_s,
+        "data_wait_share": sums.data_wait_share,
+        "step_s": sums.step_s,
+        "peak_memory_bytes": peak_bytes(engine.device),
+        "bad_samples": bad,
+    }
+    if engine.fp16_enabled():
+        record |= {"loss_scale": engine.optimizer.cur_scale, "skipped_steps": engine.skipped_steps}
+    if run.metrics is not None:
+        run.metrics.write(record)
+    stop = EXIT_BAD_NUMBERS if sums.bad_in_a_row >= run.config.max_bad_steps else EXIT_RESTART_ME if late else 0
+    return record, stop
+
+
+def save(run: Training) -> None:
+    """Save the state after the current step, once."""
+    if run.saved_at != run.step:
+        run.save(run.step)
+        run.saved_at = run.step

@@ -1,0 +1,106 @@
+"""What a run reports: metrics.jsonl, one line of progress, and the numbers that ranks add up."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+log = logging.getLogger(__name__)
+
+
+class MetricsFile:
+    """Appends one JSON object per logged step, flushed at once.
+
+    Lines beyond the step that a run continues from are moved to ``metrics.discarded.jsonl``, not deleted.
+    """
+
+    def __init__(self, path: Path, *, from_step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            self._set_aside(path, from_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record; numbers that aren't finite are written as null, as JSON has no name for them."""
+        self._file.write(json.dumps({k: _finite(v) for k, v in record.items()}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    @staticmethod
+    def _set_aside(path: Path, from_step: int) -> None:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        later = [line for line in lines if json.loads(line)["step"] > from_step]
+        if later:
+            with path.with_name("metrics.discarded.jsonl").open("a", encoding="utf-8") as discarded:
+                discarded.writelines(later)
+            path.write_text("".join(line for line in lines if line not in later), encoding="utf-8")
+
+
+class ProgressLine:
+    """A live rich line on a terminal; plain lines otherwise. Everything goes to stderr."""
+
+    def __init__(self, total_steps: int, *, start_step: int, speaks: bool) -> None:
+        self._total = total_steps
+        self._speaks = speaks
+        self._live: Progress | None = None
+        if speaks and sys.stderr.isatty():
+            self._live = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._task = self._live.add_task("step", total=total_steps, completed=start_step, numbers="")
+
+    def __enter__(self) -> ProgressLine:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def advance(self, step: int) -> None:
+        """Move the bar; costs nothing where there is none."""
+        if self._live is not None:
+            self._live.update(self._task, completed=step)
+
+    def report(self, record: dict[str, Any]) -> None:
+        """Show a logged step's numbers."""
+        if not self._speaks:
+            return
+        numbers = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['clips_per_s']:.1f} clips/s"
+        if "loss_scale" in record:
+            numbers += f"  scale {record['loss_scale']:g}  skipped {record['skipped_steps']}"
+        if self._live is not None:
+            self._live.update(self._task, completed=record["step"], numbers=numbers)
+            return
+        left_s = (self._total - record["step"]) * record["step_s"]
+        print(f"step {record['step']}/{self._total}  {numbers}  left {_clock(left_s)}", file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and value - value != 0 else value

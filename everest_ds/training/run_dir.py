@@ -1,0 +1,108 @@
+"""The run directory: what a run writes, and when it may be written over (never silently)."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from everest_ds.config.errors import UserError
+from everest_ds.config.load import build, dump
+from everest_ds.config.schema import ModelConfig, Recipe
+
+_PACKAGES = ("everest_ds", "torch", "torchvision", "deepspeed", "timm", "decord", "decord2", "av", "numpy")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths inside a run directory."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "config.yaml"
+
+    @property
+    def ds_config(self) -> Path:
+        """The resolved DeepSpeed configuration."""
+        return self.path / "ds_config.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def env(self) -> Path:
+        """Versions, accelerator, optimizer."""
+        return self.path / "env.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder per checkpoint, and ``latest``, which names the newest."""
+        return self.path / "checkpoints"
+
+    def holds_run(self) -> bool:
+        """Whether a run has been written here."""
+        return self.config.is_file()
+
+    def has_results(self) -> bool:
+        """Whether a run here has got as far as a logged step or a checkpoint."""
+        return self.has_checkpoint() or (self.metrics.is_file() and self.metrics.stat().st_size > 0)
+
+    def has_checkpoint(self) -> bool:
+        """Whether a run here can be continued."""
+        return (self.checkpoints / "latest").is_file()
+
+    def read_model(self) -> ModelConfig:
+        """Return the model settings of the run that is here.
+
+        Raises:
+            UserError: this isn't a run directory, or its configuration can't be read.
+        """
+        if not self.holds_run():
+            raise UserError(f"{self.path}: not a run directory (no config.yaml in it)")
+        try:
+            return build(ModelConfig, yaml.safe_load(self.config.read_text(encoding="utf-8"))["model"], "model.")
+        except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.config}: not the configuration of a run ({error})") from error
+
+    def write_facts(self, recipe: Recipe, ds: dict[str, Any], env: dict[str, Any], *, from_step: int) -> None:
+        """Write the resolved configurations and the environment, keeping earlier, different ones under other names."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        texts = {
+            self.config: dump(recipe),
+            self.ds_config: json.dumps(ds, indent=2) + "\n",
+            self.env: json.dumps(env, indent=2) + "\n",
+        }
+        for path, text in texts.items():
+            if path.exists() and path.read_text(encoding="utf-8") != text:
+                path.replace(path.with_name(f"{path.stem}.until-step-{from_step}{path.suffix}"))
+            path.write_text(text, encoding="utf-8")
+
+
+def environment(accelerator: str, device: str, optimizer: str, world_size: int) -> dict[str, Any]:
+    """Return what env.json holds."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES if _version(name)},
+        "accelerator": accelerator,
+        "device": device,
+        "ranks": world_size,
+        "optimizer": optimizer,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

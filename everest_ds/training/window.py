@@ -1,0 +1,65 @@
+"""What gathers between two logged steps, without the host waiting for the device."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sums:
+    """A closed window, over all ranks: mean loss, seconds per step, share of it spent waiting for data."""
+
+    loss: float
+    step_s: float
+    data_wait_share: float
+    bad_in_a_row: int
+    extra: list[float]
+
+
+class Window:
+    """Sums losses on the device and waiting times on the host until :meth:`reduce` reads them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._bad_in_a_row = torch.zeros((), device=device)
+        self._open()
+
+    def _open(self) -> None:
+        self._loss = torch.zeros((), device=self._device)
+        self._steps = 0
+        self._waited_s = 0.0
+        self._opened = time.perf_counter()
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Count the time inside as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited_s += time.perf_counter() - start
+
+    def add(self, loss: Tensor) -> None:
+        """Add a step's loss, a scalar on the device."""
+        loss = loss.float()
+        self._loss += loss
+        self._bad_in_a_row = torch.where(loss.isfinite(), 0.0, self._bad_in_a_row + 1)
+        self._steps += 1
+
+    def reduce(self, extra: Sequence[float]) -> Sums:
+        """Read the window, summed over ranks along with ``extra``, and open the next one; a collective call."""
+        loss = (self._loss / self._steps).item()
+        elapsed_s = time.perf_counter() - self._opened
+        numbers = [loss, elapsed_s / self._steps, self._waited_s / elapsed_s, self._bad_in_a_row.item(), *extra]
+        totals = torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        if dist.is_initialized():
+            dist.all_reduce(totals)
+            totals[:4] /= dist.get_world_size()
+        mean_loss, step_s, waited, bad, *rest = totals.tolist()
+        self._open()
+        return Sums(loss=mean_loss, step_s=step_s, data_wait_share=waited, bad_in_a_row=round(bad), extra=rest)

@@ -1,0 +1,43 @@
+"""Pre-train EVEREST or VideoMAE: ``deepspeed run/pretrain.py --ds_config ds_configs/zero2.json --recipe ...``."""
+
+import argparse
+import logging
+import sys
+
+from everest_ds.config.ds_config import load_ds_config
+from everest_ds.config.errors import one_line_errors
+from everest_ds.config.load import describe_keys, load_recipe
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description="Pre-train EVEREST or VideoMAE under DeepSpeed. Without the deepspeed launcher: one rank.",
+        epilog="keys, their defaults and [sources]:\n  " + "\n  ".join(describe_keys()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--ds_config", required=True, help="DeepSpeed JSON, such as ds_configs/zero2.json")
+    parser.add_argument("--recipe", help="YAML recipe, such as run/recipes/k400_vit_b.yaml; defaults without one")
+    parser.add_argument("--resume", help="auto: continue the run in train.output_dir; or a run directory")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the recipe's")
+    return parser.parse_intermixed_args()
+
+
+def main() -> int:
+    """Run; the exit code is 0 done, 2 user's mistake, 3 bad numbers, 75 stopped after saving."""
+    arguments = parse_arguments()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    resume = [f"train.resume={arguments.resume}"] if arguments.resume else []
+    with one_line_errors("pretrain"):
+        recipe = load_recipe(arguments.recipe, [*arguments.overrides, *resume])
+        ds_config = load_ds_config(arguments.ds_config)
+        # DeepSpeed takes seconds to import: after the checks that don't need it.
+        from everest_ds.training.pretrain import pretrain  # noqa: PLC0415
+
+        return pretrain(recipe, ds_config)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
