@@ -1,12 +1,12 @@
 """Pre-train EVEREST or VideoMAE: ``deepspeed run/pretrain.py --ds_config ds_configs/zero2.json --recipe ...``."""
 
 import argparse
-import logging
 import sys
 
 from everest_ds.config.ds_config import load_ds_config
 from everest_ds.config.errors import one_line_errors
 from everest_ds.config.load import describe_keys, load_recipe
+from everest_ds.config.logs import set_up_logging
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -27,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Run; the exit code is 0 done, 2 user's mistake, 3 bad numbers, 75 stopped after saving."""
     arguments = parse_arguments()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    set_up_logging()
     resume = [f"train.resume={arguments.resume}"] if arguments.resume else []
     with one_line_errors("pretrain"):
         recipe = load_recipe(arguments.recipe, [*arguments.overrides, *resume])

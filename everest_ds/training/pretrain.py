@@ -19,6 +19,7 @@ from everest_ds.data.manifest import read_manifest
 from everest_ds.models import MaskedAutoencoder
 from everest_ds.training import checkpoint, ranks
 from everest_ds.training.engine import Built, build_pretraining_model, initialise, resolve
+from everest_ds.training.export import export_weights
 from everest_ds.training.loop import Training, train
 from everest_ds.training.metrics import MetricsFile
 from everest_ds.training.run_dir import RunDir, environment
@@ -33,12 +34,13 @@ def pretrain(recipe: Recipe, raw_ds_config: dict[str, Any]) -> int:
     """
     plan = Plan.make(recipe, raw_ds_config)
     ranks.start()
-    try:
-        built = initialise(plan.model, recipe, plan.ds_config)
-        done = checkpoint.load(built.engine, plan.source) if plan.source else 0
-        return train(assemble(plan, built, done))
-    finally:
-        ranks.stop()
+    built = initialise(plan.model, recipe, plan.ds_config)
+    done = checkpoint.load(built.engine, plan.source) if plan.source else 0
+    code = train(assemble(plan, built, done))
+    if code == 0 and ranks.is_main():
+        run_dir = RunDir(Path(recipe.train.output_dir))
+        export_weights(run_dir.checkpoints, recipe.model, run_dir.weights)
+    return code
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import socket
@@ -19,7 +20,12 @@ _SHARED_MEMORY_OP = "deepspeed_shm_comm"
 
 
 def start() -> None:
-    """Join the launcher's process group, or make one of a single rank when there is no launcher."""
+    """Join the launcher's process group, or make one of a single rank when there is no launcher.
+
+    Does nothing if that was done before; the group is left when the process ends.
+    """
+    if dist.is_initialized():
+        return
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -35,16 +41,11 @@ def start() -> None:
     if on_cpu():
         _prepare_cpu_communication()
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    atexit.register(dist.destroy_process_group)
     if not on_cpu():
         get_accelerator().set_device(local_rank())
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
-
-
-def stop() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def on_cpu() -> bool:

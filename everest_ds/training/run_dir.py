@@ -14,6 +14,7 @@ import yaml
 from everest_ds.config.errors import UserError
 from everest_ds.config.load import build, dump
 from everest_ds.config.schema import ModelConfig, Recipe
+from everest_ds.models.weights import WEIGHTS_FILE
 
 _PACKAGES = ("everest_ds", "torch", "torchvision", "deepspeed", "timm", "decord", "decord2", "av", "numpy")
 
@@ -48,6 +49,11 @@ class RunDir:
     def checkpoints(self) -> Path:
         """One folder per checkpoint, and ``latest``, which names the newest."""
         return self.path / "checkpoints"
+
+    @property
+    def weights(self) -> Path:
+        """The weights at the run's end, for everything that isn't training."""
+        return self.path / WEIGHTS_FILE
 
     def holds_run(self) -> bool:
         """Whether a run has been written here."""
