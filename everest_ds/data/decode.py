@@ -93,6 +93,7 @@ def one_line(error: BaseException) -> str:
     first = next((line for line in lines if line), type(error).__name__)
     # decord: "[12:00:00] /path/x.cc:292: [12:00:00] /path/y.cc:218: Check failed: ..."
     reason = re.sub(r"(\[\d\d:\d\d:\d\d\] \S+\.\w+:\d+: )+", "", first)
+    reason = re.sub(r"^Check failed: .* \(-?\d+ vs\. -?\d+\) (?=\S)", "", reason)
     # torchcodec: "function, /path/x.cpp:41, Could not ..."
     reason = re.sub(r"^\w+, \S+\.cpp:\d+, ", "", reason)
     return reason if len(reason) <= _LONGEST_REASON else reason[: _LONGEST_REASON - 3] + "..."
@@ -103,7 +104,11 @@ def _reported(path: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
     try:
         yield
     except errors as error:
-        raise DecodeError(path, one_line(error)) from error
+        reason = one_line(error)
+        # All that decord says of a file that it can't open.
+        raise DecodeError(
+            path, "not a video, or cut off" if reason == f"Error reading {path}..." else reason
+        ) from error
 
 
 def _check_file(path: str) -> None:
@@ -122,13 +127,29 @@ class _DecordReader:
     def __init__(self, decord: Any, path: str) -> None:
         # One thread: the workers are the parallelism.
         self._reader = decord.VideoReader(path, num_threads=1)
+        self._error = decord._ffi.base.DECORDError
 
     def __len__(self) -> int:
         return len(self._reader)
 
     def frames(self, ids: list[int]) -> NDArray[np.uint8]:
-        frames: NDArray[np.uint8] = self._reader.get_batch(ids).asnumpy()
+        try:
+            frames: NDArray[np.uint8] = self._reader.get_batch(ids).asnumpy()
+        except self._error as error:
+            if "ArrayCopyFromTo" not in str(error):
+                raise
+            frames = np.stack([_without_padding(self._reader[i].asnumpy()) for i in ids])
         return frames
+
+
+def _without_padding(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return RGB (H, W, 3) of a frame whose row padding decord takes for more channels.
+
+    It does so, and then can't make a batch, where a padded row is a multiple of the width: 16, 24, 48 and 72 pixels
+    (its issue 336).
+    """
+    height, width = frame.shape[:2]
+    return frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
 
 
 class _TorchcodecReader:

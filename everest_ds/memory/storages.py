@@ -1,0 +1,91 @@
+"""Live tensor storages, counted by weak reference: the one ruler for what is traced and for what really runs.
+
+A storage counts from the operator that returns it until nothing refers to it. Views and aliases share a storage, so
+they are never new memory. What an operator's kernel allocates and frees inside itself is not seen.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+class Observer(Protocol):
+    """Hears of storages."""
+
+    def born(self, block: int, size_bytes: int, operator: str) -> None:
+        """A storage appeared; ``block`` numbers it."""
+
+    def died(self, block: int) -> None:
+        """A storage is gone."""
+
+
+class StorageWatch(TorchDispatchMode):
+    """Numbers every storage that an operator returns and tells an observer of its birth and death."""
+
+    def __init__(self, observer: Observer) -> None:
+        super().__init__()
+        self._observer = observer
+        self._blocks: dict[int, int] = {}
+        self._references: dict[int, weakref.ref[Any]] = {}
+        self._next = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operator, then look at what it returned."""
+        out = func(*args, **(kwargs or {}))
+        for value in tree_iter(out):
+            if isinstance(value, Tensor):
+                self.watch(value, str(func))
+        return out
+
+    def watch(self, tensor: Tensor, operator: str = "") -> int:
+        """Start counting a tensor's storage, if it isn't counted already. Returns its block number."""
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address not in self._blocks:
+            block, self._next = self._next, self._next + 1
+            self._blocks[address] = block
+            self._references[address] = weakref.ref(storage, partial(self._died, address))
+            self._observer.born(block, storage.nbytes(), operator)
+        return self._blocks[address]
+
+    def ignore(self, tensor: Tensor) -> None:
+        """Treat a tensor's storage as known, without telling the observer of it."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._blocks:
+            self._blocks[storage._cdata] = -1
+            self._references[storage._cdata] = weakref.ref(storage, partial(self._died, storage._cdata))
+
+    def _died(self, address: int, _: Any) -> None:
+        self._references.pop(address, None)
+        block = self._blocks.pop(address, -1)
+        if block >= 0:
+            self._observer.died(block)
+
+
+def tensors_in_process(keep: Callable[[Tensor], bool] = lambda _: True) -> Iterable[Tensor]:
+    """Yield every tensor that Python's garbage collector knows of."""
+    for thing in gc.get_objects():
+        # type() rather than isinstance(): some lazy proxies answer isinstance by importing what they stand for.
+        if issubclass(type(thing), Tensor) and keep(thing):
+            yield thing
+
+
+def held_bytes(device_type: str = "cpu") -> int:
+    """Bytes of all tensor storages alive in the process on one kind of device, each storage once."""
+    sizes: dict[int, int] = {}
+    with torch.no_grad():
+        for tensor in tensors_in_process(lambda t: t.device.type == device_type and t.layout == torch.strided):
+            storage = tensor.untyped_storage()
+            sizes[storage._cdata] = storage.nbytes()
+    return sum(sizes.values())

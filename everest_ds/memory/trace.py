@@ -1,0 +1,381 @@
+"""One training step of the real model under fake tensors: which bytes appear and disappear, when, and whose they are.
+
+Nothing is computed and nothing is allocated, so tracing takes a second or two whatever the model's size. Two traces, at
+two small micro-batches, give the fixed and the per-clip bytes of every block; :class:`StepTrace` holds the result.
+Parameters and optimizer states are not in it: they are ZeRO's (see :mod:`everest_ds.memory.states`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+from everest_ds.config.schema import ModelConfig
+from everest_ds.memory.autocast import cuda_like_autocast
+from everest_ds.memory.storages import StorageWatch
+from everest_ds.memory.timeline import Timeline
+from everest_ds.memory.workspace import cuda_workspace_bytes
+from everest_ds.models import MaskedAutoencoder, VideoClassifier
+from everest_ds.models.patches import CHANNELS
+
+# "autocast": fp32 parameters under fp16 CUDA autocast, as the official code trains; the others are DeepSpeed's.
+Precision = Literal["fp32", "bf16", "fp16", "autocast"]
+DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "autocast": torch.float32,
+}
+# Exempt from weight decay besides vectors: training/optim.py has the same rule (a test compares them).
+_NO_DECAY = ("mask_token",)
+# Two micro-batches fix a line. One clip is left out: dimensions of size one let kernels skip copies.
+_BATCHES = (2, 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceSpec:
+    """What a step's activations depend on.
+
+    ``classes``: None traces the autoencoder, a number the classifier with cross entropy. ``module_marks``: record when
+    modules begin and end, as ZeRO-3 gathers and frees parameters by them.
+    """
+
+    model: ModelConfig
+    precision: Precision = "bf16"
+    device_type: str = "cuda"
+    classes: int | None = None
+    module_marks: bool = False
+
+
+class Parameter(NamedTuple):
+    """A parameter: its dotted name, elements, optimizer group (0: no weight decay, 1: decay), and its module."""
+
+    name: str
+    elements: int
+    group: int
+    module: str
+
+
+class Born(NamedTuple):
+    """A block appeared: the module that was running, and whether the backward pass had begun."""
+
+    block: int
+    size_bytes: int
+    module: str
+    backward: bool
+
+
+class Died(NamedTuple):
+    """A block is gone."""
+
+    block: int
+
+
+class Mark(NamedTuple):
+    """Something ZeRO reacts to.
+
+    ``gradient`` of parameter ``name`` is complete, in ``block``; ``enter``/``leave`` module ``name`` forward (or in a
+    recomputation); ``enter_backward``/``leave_backward``; ``backward`` begins; ``end``.
+    """
+
+    kind: str
+    name: str = ""
+    block: int = -1
+
+
+Event = Born | Died | Mark
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """A traced step. ``fixed`` and ``per_clip`` are the bytes of each block; ``labels`` say what a block is."""
+
+    spec: TraceSpec
+    parameters: tuple[Parameter, ...]
+    buffer_bytes: int
+    module_order: tuple[str, ...]
+    events: tuple[Event, ...]
+    fixed: tuple[int, ...]
+    per_clip: tuple[int, ...]
+    labels: tuple[str, ...]
+    modules: tuple[str, ...]
+
+    @property
+    def elements(self) -> int:
+        """Parameters of the model, elements."""
+        return sum(p.elements for p in self.parameters)
+
+    def plain(self) -> Timeline:
+        """The step by itself: every gradient kept until the end, no DeepSpeed."""
+        timeline = Timeline()
+        for event in self.events:
+            if isinstance(event, Born):
+                self.begin(timeline, event)
+            elif isinstance(event, Died):
+                timeline.gone(event.block)
+        return timeline
+
+    def begin(self, timeline: Timeline, event: Born) -> int:
+        """Put a traced block on a timeline; returns its number there."""
+        b = event.block
+        return timeline.born(self.fixed[b], self.labels[b], self.per_clip[b])
+
+    def saved_bytes(self, module: str, batch: int) -> int:
+        """Bytes that a module and those below it keep from the forward for the backward pass."""
+        inside = (module, f"{module}.")
+        return sum(
+            self.fixed[b] + batch * self.per_clip[b]
+            for b, path in enumerate(self.modules)
+            if self.labels[b].startswith(SAVED) and (path == inside[0] or path.startswith(inside[1]))
+        )
+
+
+SAVED = "saved activations"
+
+
+@lru_cache(maxsize=64)
+def trace_step(spec: TraceSpec) -> StepTrace:
+    """Trace a step; results are remembered.
+
+    Raises:
+        RuntimeError: the order of events depends on the micro-batch (a bug: shapes are static).
+    """
+    with FakeTensorMode():
+        model = _build(spec)
+        small, large = (_record(model, spec, batch) for batch in _BATCHES)
+    if [_shape(e) for e in small.events] != [_shape(e) for e in large.events]:
+        raise RuntimeError("the order of allocations depends on the micro-batch; the step has a dynamic shape")
+    per_clip = [(b - a) // (_BATCHES[1] - _BATCHES[0]) for a, b in zip(small.sizes, large.sizes, strict=True)]
+    return StepTrace(
+        spec=spec,
+        parameters=tuple(_parameters(model)),
+        buffer_bytes=sum(b.untyped_storage().nbytes() for b in model.buffers()),
+        module_order=tuple(name for name, _ in model.named_modules()),
+        events=tuple(small.events),
+        fixed=tuple(a - _BATCHES[0] * p for a, p in zip(small.sizes, per_clip, strict=True)),
+        per_clip=tuple(per_clip),
+        labels=tuple(_labels(small)),
+        modules=tuple(small.modules),
+    )
+
+
+class _Recorder:
+    """Hears the storage watch, knows which module runs, and writes the event list."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.sizes: list[int] = []
+        self.modules: list[str] = []
+        self.stack: list[str] = [""]
+        self.backward = False
+        self.inputs: set[int] = set()
+        self.gradients: set[int] = set()
+
+    def born(self, block: int, size_bytes: int, operator: str) -> None:  # noqa: ARG002
+        self.events.append(Born(block, size_bytes, self.stack[-1], self.backward))
+        self.sizes.append(size_bytes)
+        self.modules.append(self.stack[-1])
+
+    def died(self, block: int) -> None:
+        self.events.append(Died(block))
+
+    def mark(self, kind: str, name: str = "", block: int = -1) -> None:
+        self.events.append(Mark(kind, name, block))
+
+
+class _Watch(StorageWatch):
+    """Adds the workspaces of CUDA kernels, which no result shows."""
+
+    def __init__(self, recorder: _Recorder, cuda: bool) -> None:
+        super().__init__(recorder)
+        self._cuda = cuda
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        workspace = cuda_workspace_bytes(func, args) if self._cuda else 0
+        scratch = torch.empty(workspace, dtype=torch.uint8) if workspace else None
+        if scratch is not None:
+            self.watch(scratch)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _build(spec: TraceSpec) -> nn.Module:
+    # DeepSpeed's own checkpoint function is the reentrant kind too, and saves the same: the block's input.
+    options: dict[str, Any] = {
+        "device_type": spec.device_type,
+        "checkpoint": partial(torch_checkpoint, use_reentrant=True),
+    }
+    model: nn.Module
+    if spec.classes is None:
+        model = MaskedAutoencoder(spec.model, **options)
+    else:
+        model = VideoClassifier(spec.model, classes=spec.classes, **options)
+    for parameter in model.parameters():
+        # As DeepSpeed casts (runtime/engine.py, _cast_module_mixed_precision): parameters, not buffers.
+        parameter.data = parameter.data.to(DTYPES[spec.precision])
+    return model.train()
+
+
+def _record(model: nn.Module, spec: TraceSpec, batch: int) -> _Recorder:
+    recorder = _Recorder()
+    watch = _Watch(recorder, spec.device_type == "cuda")
+    for tensor in (*model.parameters(), *model.buffers()):
+        watch.ignore(tensor)
+    with contextlib.ExitStack() as stack:
+        for handle in _hooks(model, recorder, watch, spec.module_marks):
+            stack.callback(handle.remove)
+        stack.enter_context(watch)
+        inputs = _inputs(model, spec, batch)
+        recorder.inputs = {watch.watch(tensor) for tensor in inputs}
+        with cuda_like_autocast() if spec.precision == "autocast" else contextlib.nullcontext():
+            loss = _loss(model, spec, inputs)
+        recorder.backward = True
+        recorder.mark("backward")
+        loss.backward()
+        recorder.mark("end")
+        del loss
+    for parameter in model.parameters():
+        parameter.grad = None
+    del inputs
+    return recorder
+
+
+def _inputs(model: nn.Module, spec: TraceSpec, batch: int) -> tuple[Tensor, ...]:
+    config = spec.model
+    clips = torch.zeros(batch, CHANNELS, config.frames, config.image_size, config.image_size, dtype=torch.uint8)
+    if spec.classes is not None:
+        return clips, torch.zeros(batch, dtype=torch.int64)
+    return clips, torch.rand(batch, model.budget.total)  # type: ignore[union-attr, operator]
+
+
+def _loss(model: nn.Module, spec: TraceSpec, inputs: tuple[Tensor, ...]) -> Tensor:
+    if spec.classes is None:
+        return model(*inputs).loss
+    return F.cross_entropy(model(inputs[0]).float(), inputs[1])
+
+
+def _hooks(model: nn.Module, recorder: _Recorder, watch: StorageWatch, module_marks: bool) -> Iterator[Any]:
+    """Register what tells the recorder where the step is."""
+    for name, parameter in model.named_parameters():
+        yield parameter.register_post_accumulate_grad_hook(partial(_gradient, recorder, watch, name))
+    for name, module in model.named_modules():
+        yield module.register_forward_pre_hook(partial(_enter, recorder, name, module_marks))
+        yield module.register_forward_hook(partial(_leave, recorder, name, module_marks))
+
+
+def _gradient(recorder: _Recorder, watch: StorageWatch, name: str, parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    block = watch.watch(parameter.grad)
+    recorder.gradients.add(block)
+    recorder.mark("gradient", name, block)
+
+
+def _enter(recorder: _Recorder, name: str, marks: bool, module: nn.Module, inputs: Any) -> Any:
+    recorder.stack.append(name)
+    if not marks:
+        return None
+    recorder.mark("enter", name)
+    state = {"waiting": 0}
+    return _on_tensors(lambda t: _Leaving.apply(t, recorder, name, state), inputs)
+
+
+def _leave(recorder: _Recorder, name: str, marks: bool, module: nn.Module, inputs: Any, output: Any) -> Any:
+    recorder.stack.pop()
+    if not marks:
+        return None
+    recorder.mark("leave", name)
+    state = {"entered": False}
+    return _on_tensors(lambda t: _Entering.apply(t, recorder, name, state), output)
+
+
+def _on_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """Apply a function to the tensors of a (nested) tuple, as DeepSpeed's apply_to_tensors_only does."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_on_tensors(function, v) for v in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_on_tensors(function, v) for v in value)
+    return value
+
+
+class _Entering(torch.autograd.Function):
+    """Marks the moment before a module's backward pass (DeepSpeed: parameter_offload.py, PreBackwardFunction...)."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, recorder: _Recorder, name: str, state: dict[str, bool]) -> Tensor:
+        ctx.facts = recorder, name, state
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        recorder, name, state = ctx.facts
+        if not state["entered"]:
+            state["entered"] = True
+            recorder.mark("enter_backward", name)
+        return grads[0], None, None, None
+
+
+class _Leaving(torch.autograd.Function):
+    """Marks the moment after a module's backward pass: when the last of its inputs has a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, recorder: _Recorder, name: str, state: dict[str, int]) -> Tensor:
+        ctx.facts = recorder, name, state
+        state["waiting"] += int(tensor.requires_grad)
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        recorder, name, state = ctx.facts
+        state["waiting"] -= 1
+        if state["waiting"] == 0:
+            recorder.mark("leave_backward", name)
+        return grads[0], None, None, None
+
+
+def _parameters(model: nn.Module) -> Iterator[Parameter]:
+    groups = param_groups_weight_decay(model, 1.0, no_weight_decay_list=_NO_DECAY)
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        yield Parameter(name, parameter.numel(), int(id(parameter) in decayed), name.rpartition(".")[0])
+
+
+def _labels(recorder: _Recorder) -> Iterator[str]:
+    """Say what each block is, now that its end is known too."""
+    births = {e.block: e for e in recorder.events if isinstance(e, Born)}
+    began = recorder.events.index(Mark("backward"))
+    died_forward = {e.block for e in recorder.events[:began] if isinstance(e, Died)}
+    for block, birth in sorted(births.items()):
+        if block in recorder.inputs:
+            yield "inputs"
+        elif block in recorder.gradients:
+            yield "gradients"
+        elif birth.backward:
+            yield f"recomputed: {region(birth.module)}" if birth.module else "temporaries: backward"
+        elif block in died_forward:
+            yield "temporaries: forward"
+        else:
+            yield f"{SAVED}: {region(birth.module)}"
+
+
+def region(module: str) -> str:
+    """The part of the model that a module belongs to."""
+    parts = module.split(".")
+    side = "decoder" if parts[0] == "decoder" else "encoder"
+    if "blocks" in parts:
+        return f"{side} blocks"
+    return "embedding" if parts[0] in ("encoder", "patch_embed", "positions") else "head and loss"
+
+
+def _shape(event: Event) -> Any:
+    return event._replace(size_bytes=0) if isinstance(event, Born) else event

@@ -1,0 +1,108 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from everest_ds.config.ds_config import Facts, bucket_elements, load_ds_config, precision, resolve_ds_config
+from everest_ds.config.errors import UserError
+from everest_ds.config.load import load_recipe
+
+GPU = Facts(
+    parameters=94_000_000,
+    largest=2_400_000,
+    width=768,
+    ranks=8,
+    on_cpu=False,
+    bf16_supported=True,
+    fp16_supported=True,
+)
+CPU = Facts(
+    parameters=1_000, largest=100, width=96, ranks=2, on_cpu=True, bf16_supported=True, fp16_supported=False
+)
+
+
+def resolve(ds: dict, *overrides: str, facts: Facts = GPU):
+    return resolve_ds_config(ds, load_recipe(None, overrides or ["train.global_batch=1024"]), facts)
+
+
+def test_autos_come_from_the_recipe():
+    raw = {
+        "train_batch_size": "auto",
+        "bf16": {"enabled": "auto"},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}},
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
+    }
+    ds, batches = resolve(raw, "train.global_batch=1024", "train.micro_batch=32", "optim.base_lr=1.5e-4")
+    assert (batches.micro, batches.accumulation, batches.ranks, batches.total) == (32, 4, 8, 1024)
+    assert ds["train_micro_batch_size_per_gpu"] == 32
+    assert ds["gradient_accumulation_steps"] == 4
+    assert ds["optimizer"]["params"]["lr"] == pytest.approx(6e-4)  # base_lr x 1024 / 256
+    assert precision(ds) == "bf16"
+    assert raw["train_batch_size"] == "auto"  # the caller's dictionary is left alone
+
+
+def test_buckets_fit_the_model():
+    ds, _ = resolve({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}})
+    bucket = ds["zero_optimization"]["reduce_bucket_size"]
+    assert GPU.largest <= bucket <= GPU.parameters / 4
+    assert bucket == bucket_elements(GPU)
+    assert bucket % 2 == 0
+
+
+def test_bf16_auto_is_off_on_a_cpu():
+    ds, _ = resolve({"bf16": {"enabled": "auto"}}, facts=CPU)
+    assert precision(ds) == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("ds", "overrides", "facts", "told"),
+    [
+        ({}, ["train.global_batch=100"], GPU, "global batch 100 is not micro-batch 12 x accumulation 1 x ranks 8 = 96"),
+        ({}, ["train.global_batch=4"], GPU, "global batch 4 is not"),
+        ({}, ["train.micro_batch=7", "train.global_batch=64"], GPU, "global batch 64 is not micro-batch 7"),
+        ({}, ["train.seed=1"], GPU, "set train.global_batch or train.micro_batch"),
+        ({"train_batch_size": 64}, ["train.global_batch=128"], GPU, "train_batch_size = 64 contradicts"),
+        ({"train_batch_size": "many"}, ["train.seed=1"], GPU, "expected a positive whole number or 'auto'"),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, [], GPU, "bf16 and fp16 are both enabled"),
+        ({"fp16": {"enabled": True}}, [], CPU, "fp16: this accelerator does not support it"),
+        ({"scheduler": {"type": "WarmupLR"}}, [], GPU, "the schedule is the recipe's"),
+        ({"zero_optimization": {"stage": "auto"}}, [], GPU, "zero_optimization.stage: 'auto' can't be filled"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            [],
+            GPU,
+            "offload_param: needs ZeRO stage 3",
+        ),
+    ],
+)
+def test_contradictions_are_refused(ds, overrides, facts, told):
+    with pytest.raises(UserError) as caught:
+        resolve(ds, *overrides, facts=facts)
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{not json", "not a JSON file"),
+        ("[1]", "expected a JSON object"),
+        ('{"zero_optimisation": {}}', "did you mean 'zero_optimization'"),
+        ("[" * 100_000, "not a JSON file"),
+    ],
+)
+def test_files_that_are_no_ds_config(tmp_path: Path, text, told):
+    file = tmp_path / "ds.json"
+    file.write_text(text)
+    with pytest.raises(UserError, match=told):
+        load_ds_config(file)
+
+
+def test_a_missing_ds_config_says_where_some_are(tmp_path):
+    with pytest.raises(UserError, match="ds_configs/"):
+        load_ds_config(tmp_path / "none.json")
+
+
+def test_keys_of_other_deepspeed_versions_pass(tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"brand_new_section": {}}))
+    assert load_ds_config(file) == {"brand_new_section": {}}

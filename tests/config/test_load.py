@@ -1,0 +1,103 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from everest_ds.config.errors import UserError, one_line_errors
+from everest_ds.config.load import all_keys, describe_keys, dump, load_recipe
+from everest_ds.config.schema import Recipe
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_recipe(None, overrides)
+    return str(caught.value)
+
+
+def test_overrides_reach_their_fields():
+    recipe = load_recipe(None, ["model.size=vit_large", "optim.base_lr=1e-3", "optim.betas=[0.9, 0.99]", "data.flip=no"])
+    assert recipe.model.size == "vit_large"
+    assert recipe.optim.base_lr == 1e-3  # YAML 1.1 alone would read a string
+    assert recipe.optim.betas == (0.9, 0.99)
+    assert recipe.data.flip is False
+
+
+def test_a_dump_reads_back_unchanged(tmp_path):
+    recipe = load_recipe(None, ["model.size=vit_giant", "train.resume=off", "optim.base_lr=1.25e-05"])
+    file = tmp_path / "config.yaml"
+    file.write_text(dump(recipe))
+    assert load_recipe(file) == recipe
+
+
+def test_sizes_fill_what_is_null():
+    model = load_recipe(None, ["model.size=vit_giant"]).model
+    assert (model.patch, model.decoder_width) == (14, 704)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("model.siez=vit_base", "'model.siez'; did you mean 'model.size'"),
+        ("modle.size=vit_base", "'modle'; did you mean 'model'"),
+        ("model.size=vit_bas", "did you mean 'vit_base'"),
+        ("model.method=videomea", "did you mean 'videomae'"),
+        ("model.frames=many", "model.frames: expected a whole number, got 'many'"),
+        ("model.frames=16.5", "expected a whole number"),
+        ("data.flip=3", "expected true or false"),
+        ("optim.betas=[0.9]", "a list of 2 numbers"),
+        ("optim.base_lr=fast", "expected a number"),
+        ("model=3", "expected a group of settings"),
+        ("model.size.x=3", "model.size: expected text"),
+        ("size", "expected key=value"),
+        ("model.keep_ratio=0.05", "model.keep_ratio: 0.05 must be above model.visible_ratio = 0.1"),
+        ("model.image_size=225", "225 is not divisible by model.patch = 16"),
+        ("model.frames=15", "15 is not divisible by model.tubelet = 2"),
+        ("model.frames=2", "at least 2 slots"),
+        ("train.max_steps=0", "must be positive"),
+        ("data.crop_scales=[2.0]", "must be in (0, 1]"),
+    ],
+)
+def test_mistakes_are_named(override, told):
+    assert told in refusal(override)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(b"model: [unclosed", "not a YAML file"), (b"\xff\xfe\x00", "not a YAML file"), (b"- 1\n- 2\n", "expected groups")],
+)
+def test_files_that_are_no_recipe(tmp_path, content, told):
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=told):
+        load_recipe(file)
+
+
+def test_a_missing_recipe_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.yaml: No such file"):
+        load_recipe(tmp_path / "nowhere.yaml")
+
+
+@given(st.text(max_size=30))
+def test_any_text_is_an_override_or_a_mistake(text):
+    try:
+        assert isinstance(load_recipe(None, [text]), Recipe)
+    except UserError as error:
+        assert "\n" not in str(error).strip("\n") or text
+
+
+def test_every_key_is_documented():
+    assert len(list(describe_keys())) == len(list(all_keys()))
+    assert all(": " in line and line.endswith("]") for line in describe_keys())
+
+
+def test_a_mistake_ends_a_command_in_one_line(capsys):
+    with pytest.raises(SystemExit) as caught, one_line_errors("prog"):
+        raise UserError("two\nlines")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "prog: error: two lines\n"
+
+
+def test_only_rank_0_reports_what_all_ranks_see(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit), one_line_errors("prog"):
+        raise UserError("mistake")
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from video_files import moving_frames, read_all, write_video
+
+from everest_ds.config.errors import UserError
+from everest_ds.config.schema import DataConfig
+from everest_ds.data import dataset as module
+from everest_ds.data.dataset import MAX_ATTEMPTS, ClipDataset, Sample
+from everest_ds.data.decode import DecodeError
+from everest_ds.data.manifest import Entry
+
+
+def make(entries: Sequence[Entry], seed: int = 0, data: dict[str, Any] | None = None, **settings: Any) -> ClipDataset:
+    shape = {"frames": 8, "image_size": 32, "tokens": 64}
+    return ClipDataset(entries, DataConfig(**{"stride": 2, **(data or {})}), **{**shape, **settings}, seed=seed)
+
+
+def same(a: Sample, b: Sample) -> bool:
+    return torch.equal(a.clips, b.clips) and torch.equal(a.noise, b.noise) and (a.label, a.index) == (b.label, b.index)
+
+
+def test_a_sample(videos: list[Entry]) -> None:
+    sample = make(videos)[0, 3]
+    assert sample.clips.shape == (1, 3, 8, 32, 32)
+    assert sample.clips.dtype == torch.uint8
+    assert sample.clips.is_contiguous()
+    assert sample.noise.shape == (1, 64)
+    assert sample.noise.dtype == torch.float32
+    assert sample.noise.min() >= 0
+    assert sample.noise.max() < 1
+    assert sample.noise.unique().numel() == 64
+    assert (sample.label, sample.index, sample.bad) == (3, 3, [])
+
+
+def test_a_sample_is_a_function_of_seed_epoch_index_and_view(videos: list[Entry]) -> None:
+    first, again = make(videos, data={"clips_per_video": 2}), make(videos, data={"clips_per_video": 2})
+    keys = [(0, 0), (0, 1), (1, 0), (5, 7)]
+    samples = [first[key] for key in keys]
+    np.random.seed(1)
+    torch.manual_seed(1)
+    assert all(same(sample, again[key]) for key, sample in reversed(list(zip(keys, samples, strict=True))))
+    other_seed = make(videos, seed=1, data={"clips_per_video": 2})[0, 0]
+    # Everything drawn differs: views of one sample, epochs, videos, seeds.
+    everything = [view for sample in (*samples, other_seed) for view in zip(sample.clips, sample.noise, strict=True)]
+    for i, (clip, noise) in enumerate(everything):
+        for other_clip, other_noise in everything[:i]:
+            assert not torch.equal(noise, other_noise)
+            assert not torch.equal(clip, other_clip)
+
+
+def test_noise_does_not_depend_on_what_was_read(videos: list[Entry], tmp_path: Path) -> None:
+    other = [Entry(str(tmp_path / "missing.mp4"), 0), *videos[1:]]
+    assert torch.equal(make(videos)[2, 0].noise, make(other)[2, 0].noise)
+
+
+def test_more_views_leave_the_first_as_it_was(videos: list[Entry]) -> None:
+    one, three = make(videos), make(videos, data={"clips_per_video": 3})
+    assert three[0, 4].clips.shape == (3, 3, 8, 32, 32)
+    assert torch.equal(one[0, 4].clips[0], three[0, 4].clips[0])
+    assert torch.equal(one[0, 4].noise[0], three[0, 4].noise[0])
+
+
+def test_all_views_come_from_one_opened_file(videos: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    def counting(path: str, *rest: Any) -> np.ndarray:
+        opened.append(path)
+        return real(path, *rest)
+
+    real = module.decode
+    monkeypatch.setattr(module, "decode", counting)
+    make(videos, data={"clips_per_video": 4})[0, 2]
+    assert opened == [videos[2].path]
+
+
+def test_without_augmentation_the_centre_is_taken(videos: list[Entry]) -> None:
+    dataset = make(videos, data={"clips_per_video": 2}, augment=False, image_size=48)
+    clips = dataset[0, 0].clips  # 34 frames: starts 0 ... 18, of which the middles of two halves are 4 and 14
+    truth = torch.from_numpy(read_all(Path(videos[0].path))).permute(3, 0, 1, 2)[..., 8:56]
+    for clip, start in zip(clips, (4, 14), strict=True):
+        assert (clip.float() - truth[:, start : start + 16 : 2].float()).abs().mean() < 2
+    assert same(dataset[0, 0], dataset[3, 0]) is False  # noise is still drawn by epoch
+    assert torch.equal(dataset[0, 0].clips, dataset[3, 0].clips)
+
+
+def test_stride_crops_and_flip_follow_the_configuration(videos: list[Entry]) -> None:
+    whole = make(videos, data={"flip": False, "crop_scales": (1.0,), "stride": 1}, image_size=48)
+    truth = torch.from_numpy(read_all(Path(videos[0].path))).permute(3, 0, 1, 2).float()
+    for epoch in range(4):
+        clip = whole[epoch, 0].clips[0].float()
+        options = [
+            (float((clip - truth[:, start : start + 8, :, left : left + 48]).abs().mean()), start)
+            for start in range(26)  # start 26 repeats its last frame
+            for left in (0, 4, 8, 12, 16)
+        ]
+        assert min(options)[0] < 2
+
+
+def test_one_frame_gives_equal_frames(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "one.mp4", moving_frames(1))
+    sample = make([Entry(str(path), None)])[0, 0]
+    assert sample.bad == []
+    assert sample.clips.float().std() > 10
+    assert (sample.clips == sample.clips[:, :, :1]).all()
+
+
+def test_videos_smaller_than_the_output(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "small.mp4", moving_frames(20, height=16, width=24))
+    assert make([Entry(str(path), None)], image_size=64)[0, 0].clips.shape == (1, 3, 8, 64, 64)
+
+
+def test_a_manifest_without_labels_gives_minus_one(videos: list[Entry]) -> None:
+    dataset = make([Entry(video.path, None) for video in videos])
+    assert dataset[0, 5].label == -1
+    assert dataset.labels.tolist() == [-1] * 12
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "text", "cut", "audio", "damaged", "folder"])
+def test_an_unreadable_video_is_replaced_and_reported(
+    videos: list[Entry], bad_files: dict[str, Path], kind: str
+) -> None:
+    entries = [*videos, Entry(str(bad_files[kind]), 99)]
+    sample = make(entries)[0, 12]
+    assert [failure.path for failure in sample.bad] == [str(bad_files[kind])]
+    assert sample.bad[0].reason
+    assert 0 <= sample.index < 12
+    assert sample.label == sample.index
+    assert sample.clips.float().std() > 10
+    assert same(sample, make(entries)[0, 12])
+
+
+def test_the_substitute_depends_on_the_epoch(videos: list[Entry]) -> None:
+    dataset = make([*videos, Entry("/nowhere.mp4", 99)])
+    assert len({dataset[epoch, 12].index for epoch in range(8)}) > 1
+
+
+def test_when_nothing_can_be_read_the_sample_is_lost(tmp_path: Path) -> None:
+    entries = [Entry(str(tmp_path / f"{i}.mp4"), i) for i in range(100)]
+    sample = make(entries)[0, 7]
+    assert (sample.index, sample.label) == (-1, -1)
+    assert sample.clips.shape == (1, 3, 8, 32, 32)
+    assert sample.clips.max() == 0
+    assert len(sample.bad) == len(set(sample.bad)) == MAX_ATTEMPTS
+    assert sample.bad[0].path == entries[7].path
+
+
+def test_no_video_is_tried_twice_for_one_sample(tmp_path: Path) -> None:
+    sample = make([Entry(str(tmp_path / "a.mp4"), 0), Entry(str(tmp_path / "b.mp4"), 1)])[0, 0]
+    assert sample.index == -1
+    assert [Path(failure.path).name for failure in sample.bad] == ["a.mp4", "b.mp4"]
+
+
+def test_evaluation_never_substitutes(videos: list[Entry]) -> None:
+    sample = make([Entry("/nowhere.mp4", 99), *videos], attempts=1)[0, 0]
+    assert sample.index == -1
+    assert [failure.path for failure in sample.bad] == ["/nowhere.mp4"]
+
+
+def test_other_errors_are_not_swallowed(videos: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(module, "cut", broken)
+    with pytest.raises(ZeroDivisionError):
+        make(videos)[0, 0]
+
+
+def test_the_video_being_read_is_marked(videos: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+
+    def noting(path: str, *_: Any) -> None:
+        seen.append(dataset.reading.tolist())
+        raise DecodeError(path, "no")
+
+    monkeypatch.setattr(module, "decode", noting)
+    dataset = make(videos, data={"workers": 1}, attempts=1)
+    dataset[0, 4]
+    assert seen == [[4]]
+    assert dataset.reading.tolist() == [-1]
+
+
+def test_paths_come_back_from_their_packing() -> None:
+    paths = ["/a.mp4", "/b/\u00fcn\u00ef c.mp4", "/d.mp4"]
+    dataset = make([Entry(path, i) for i, path in enumerate(paths)])
+    assert [dataset.path(i) for i in range(3)] == paths
+    assert len(dataset) == 3
+
+
+def test_a_missing_decoder_is_heard_before_any_worker_starts(
+    videos: list[Entry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> None:
+        raise UserError(f"{name} is missing")
+
+    monkeypatch.setattr(module, "require_decoder", missing)
+    with pytest.raises(UserError, match="torchcodec is missing"):
+        make(videos, data={"decoder": "torchcodec"})

@@ -1,0 +1,69 @@
+"""Small real video files, good and bad, made with PyAV."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import numpy as np
+
+
+def moving_frames(count: int, height: int = 48, width: int = 64, seed: int = 0) -> np.ndarray:
+    """Return RGB frames (count, height, width, 3), each clearly different from all others."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, size=(height // 8, width // 8, 3))
+    picture = np.kron(coarse, np.ones((8, 8, 1))).astype(np.uint8)
+    # 3 and 1 pixels a frame: no frame comes back before 64 of them.
+    return np.stack([np.roll(picture, (t, 3 * t), axis=(0, 1)) for t in range(count)])
+
+
+def write_video(path: Path, frames: np.ndarray, **options: str) -> Path:
+    """Write frames as H.264 with B-frames in closed groups of 12."""
+    options = {"crf": "10", "g": "12", "bf": "2", "flags": "+cgop", **options}
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.thread_count = 1
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+def read_all(path: Path) -> np.ndarray:
+    """Return all frames of a file by decoding it from start to end: the truth."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def write_audio(path: Path) -> Path:
+    """Write an mp4 that holds sound alone."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        stream.layout = "mono"
+        for block in range(8):
+            wave = np.sin(np.arange(1024, dtype=np.float32) / 10)[None]
+            frame = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 16000, block * 1024
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def write_bad_files(folder: Path, good: Path) -> dict[str, Path]:
+    """Write one file of every kind that can't be read, and return them by kind. ``missing`` is not written."""
+    kinds = ("missing", "empty", "text", "cut", "audio", "damaged", "folder")
+    bad = {kind: folder / f"{kind}.mp4" for kind in kinds}
+    whole = good.read_bytes()
+    bad["empty"].touch()
+    bad["text"].write_text("this is no video\n" * 50)
+    # The index (moov) comes last in an mp4: half a file has none.
+    bad["cut"].write_bytes(whole[: len(whole) // 2])
+    write_audio(bad["audio"])
+    start = whole.index(b"mdat") + 4
+    size = int.from_bytes(whole[start - 8 : start - 4], "big") - 8
+    middle = slice(start + size // 10, start + size * 9 // 10)
+    bad["damaged"].write_bytes(whole[: middle.start] + bytes(middle.stop - middle.start) + whole[middle.stop :])
+    bad["folder"].mkdir()
+    return bad

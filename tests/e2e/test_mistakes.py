@@ -1,0 +1,83 @@
+"""A user's mistake: one line that says what, where and what to do; exit code 2; no trace."""
+
+import json
+
+import pytest
+from launching import DS_CONFIGS, deepspeed, run
+
+SMALL = (
+    "data.stride=1 data.workers=0 data.crop_scales=[0.75] model.size=vit_micro model.image_size=48 "
+    "model.decoder_depth=1 train.global_batch=4 train.max_steps=2 optim.warmup_steps=0"
+).split()
+ZERO1 = DS_CONFIGS / "zero1.json"
+
+
+def pretrain(*arguments, ds=ZERO1):
+    return run("run/pretrain.py", "--ds_config", ds, *arguments)
+
+
+def assert_one_line(done, told: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    reports = [line for line in done.stderr.splitlines() if line.startswith("pretrain: error: ")]
+    assert len(reports) == 1, done.stderr
+    assert told in reports[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["data.train=/nowhere/train.csv"], "/nowhere/train.csv"),
+        ([], "data.train: no training manifest"),
+        (["--recipe", "run/recipes/nothing.yaml"], "run/recipes/nothing.yaml: No such file"),
+        (["model.keep_ration=0.3"], "did you mean 'model.keep_ratio'"),
+        (["model.frames=many"], "model.frames: expected a whole number"),
+        (["model.keep_ratio=0.05"], "must be above model.visible_ratio"),
+        (["model.image_size=50"], "50 is not divisible by model.patch"),
+        (["--resume", "auto", "train.output_dir=/nowhere"], "data.train"),
+    ],
+)
+def test_mistakes_in_settings(arguments, told):
+    assert_one_line(pretrain(*SMALL, *arguments), told)
+
+
+def test_mistakes_that_need_a_manifest(motion_videos, tmp_path):
+    good = [*SMALL, f"data.train={motion_videos}", f"train.output_dir={tmp_path / 'run'}"]
+    assert_one_line(pretrain(*good, ds=tmp_path / "none.json"), "none.json: No such file")
+    fp16 = tmp_path / "fp16.json"
+    fp16.write_text(json.dumps({"fp16": {"enabled": True}, "bf16": {"enabled": True}}))
+    assert_one_line(pretrain(*good, ds=fp16), "bf16 and fp16 are both enabled")
+    refused = tmp_path / "refused.json"
+    refused.write_text(json.dumps({"zero_optimization": {"stage": 7}}))
+    assert_one_line(pretrain(*good, ds=refused), "DeepSpeed refuses it")
+    assert_one_line(pretrain(*good, "train.global_batch=1000"), "64 videos are fewer than the 1000")
+    assert_one_line(pretrain(*good, "--resume", str(tmp_path)), "not a run directory")
+
+
+def test_a_batch_that_the_ranks_cannot_share(motion_videos, tmp_path):
+    """Under the launcher: one line in all, from rank 0, and the launcher passes the exit code on."""
+    done = deepspeed(
+        2,
+        "run/pretrain.py",
+        *("--ds_config", ZERO1, *SMALL, f"data.train={motion_videos}"),
+        *("train.global_batch=5", f"train.output_dir={tmp_path / 'run'}"),
+    )
+    assert_one_line(done, "global batch 5 is not micro-batch 2 x accumulation 1 x ranks 2 = 4")
+
+
+def test_resuming(motion_videos, tmp_path):
+    """A finished run is not written over, is not continued as another model, and continues with --resume auto."""
+    folder = tmp_path / "run"
+    command = [*SMALL, f"data.train={motion_videos}", f"train.output_dir={folder}", "train.log_every_steps=1"]
+    first = pretrain(*command)
+    assert first.returncode == 0, first.stderr
+    assert_one_line(pretrain(*command), "already holds a run; continue it with --resume auto")
+    assert_one_line(
+        pretrain(*command, "--resume", "auto", "model.decoder_depth=2"),
+        "is a run of another model (model.decoder_depth is 1 there and 2 here)",
+    )
+    longer = pretrain(*command, "--resume", "auto", "train.max_steps=4")
+    assert longer.returncode == 0, longer.stderr
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert (folder / "config.until-step-2.yaml").is_file()

@@ -1,0 +1,152 @@
+import pytest
+import timm
+import torch
+
+import everest_ds
+from everest_ds.config.errors import UserError
+from everest_ds.config.schema import ModelConfig
+from everest_ds.config.sizes import SIZES
+from everest_ds.models import MaskedAutoencoder, VideoClassifier
+from everest_ds.models.patches import patchify, unpatchify
+from everest_ds.models.selection import importance, rero
+from everest_ds.tokens import TokenBudget
+
+METHODS = ("everest", "videomae")
+
+
+def clips(config: ModelConfig, batch: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, 3, config.frames, config.image_size, config.image_size)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def small(**settings) -> ModelConfig:
+    return ModelConfig(**({"size": "vit_micro", "image_size": 48, "decoder_depth": 2} | settings))
+
+
+SHAPES = [
+    small(),
+    small(method="videomae"),
+    small(selector="random"),
+    small(positions="separable"),
+    small(checkpointing="full"),
+    small(frames=6, tubelet=3, image_size=40, keep_ratio=0.5),
+    small(decoder_depth=1, decoder_width=32, decoder_heads=4, attention="fused"),
+]
+
+
+@pytest.mark.parametrize("config", SHAPES, ids=str)
+def test_every_parameter_gets_a_gradient(config):
+    model = MaskedAutoencoder(config)
+    out = model(clips(config))
+    budget = model.budget
+    pixels = 3 * config.tubelet * config.patch_pixels**2
+    assert out.prediction.shape == (2, budget.reconstructed, pixels)
+    assert out.visible_idx.shape == (2, budget.visible)
+    assert out.loss.isfinite()
+    out.loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@pytest.mark.parametrize("keep_ratio", [0.6, 1.0])
+def test_every_parameter_of_the_classifier_gets_a_gradient(keep_ratio):
+    config = small(keep_ratio=keep_ratio)
+    model = VideoClassifier(config, classes=8)
+    model(clips(config)).logsumexp(1).sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("method", METHODS)
+def test_all_sizes_run_forward_and_backward_at_their_own_shape(size, method):
+    """On fake tensors: every shape is real, no arithmetic is done."""
+    with torch._subclasses.FakeTensorMode():
+        model = everest_ds.create_model(size, method=method, image_size=224)
+        out = model(torch.zeros(1, 3, 16, 224, 224, dtype=torch.uint8))
+        out.loss.backward()
+        assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mode", ["encoder", "decoder", "full"])
+def test_checkpointing_changes_nothing(method, mode):
+    results = []
+    for checkpointing in ("none", mode):
+        torch.manual_seed(0)
+        config = small(method=method, checkpointing=checkpointing)
+        model = MaskedAutoencoder(config)
+        out = model(clips(config), torch.rand(2, model.noise_length, generator=torch.Generator().manual_seed(1)))
+        out.loss.backward()
+        results.append((out.loss.detach(), [p.grad for p in model.parameters()]))
+    (loss, grads), (loss_again, grads_again) = results
+    assert torch.equal(loss, loss_again)
+    assert all(torch.equal(a, b) for a, b in zip(grads, grads_again, strict=True))
+
+
+@pytest.mark.parametrize("config", SHAPES[:3], ids=str)
+def test_visible_and_reconstructed_are_disjoint_ascending_and_as_counted(config):
+    model = MaskedAutoencoder(config)
+    out = model(clips(config, 4))
+    for visible, target in zip(out.visible_idx, out.target_idx, strict=True):
+        assert torch.equal(visible, visible.unique())
+        assert torch.equal(target, target.unique())
+        assert not set(visible.tolist()) & set(target.tolist())
+        assert max(visible.max(), target.max()) < model.budget.total
+
+
+def test_rero_keeps_what_changes_and_resolves_ties_by_index():
+    budget = TokenBudget(slots=3, rows=1, columns=4, visible=2, reconstructed=2)
+    tokens = torch.zeros(1, 3, 4, 5)
+    tokens[0, 2, 1] = 3.0  # only place 1 changes, between slots 1 and 2
+    tokens = tokens.flatten(1, 2)
+    assert importance(tokens, 3).nonzero()[:, 1].tolist() == [9]
+    noise = torch.tensor([[0.9, 0.1, 0.2, 0.3]])
+    visible, target = rero(tokens, noise, budget)
+    # Kept: 9, then the ties in order: 0, 1, 2. Token 9 drew the most noise.
+    assert visible.tolist() == [[0, 1]]
+    assert target.tolist() == [[2, 9]]
+
+
+def test_importance_is_computed_in_fp32_whatever_the_precision():
+    config = small()
+    model = MaskedAutoencoder(config).bfloat16()
+    batch, noise = clips(config), torch.rand(2, model.noise_length)
+    low = model(batch, noise)
+    assert low.prediction.dtype == torch.bfloat16
+    assert low.loss.dtype == torch.float32
+    weight, bias = model.encoder.patch_embed.weight.float(), model.encoder.patch_embed.bias.float()
+    reference = MaskedAutoencoder(config)
+    reference.encoder.patch_embed.load_state_dict({"weight": weight, "bias": bias})
+    assert torch.equal(reference(batch, noise).visible_idx, low.visible_idx)
+
+
+def test_patches_fit_together_again():
+    config = small(frames=6, tubelet=3, image_size=40)
+    batch = clips(config)
+    patches = patchify(batch, 3, 8)
+    assert patches.shape == (2, 2 * 5 * 5, 3, 3 * 8 * 8)
+    assert torch.equal(unpatchify(patches, (2, 5, 5), 3, 8), batch)
+
+
+def test_wrong_clips_are_named():
+    config = small()
+    model = MaskedAutoencoder(config)
+    with pytest.raises(UserError, match=r"expected uint8 \(B, 3, 16, 48, 48\), got torch.float32"):
+        model(clips(config).float())
+    with pytest.raises(UserError, match="noise: expected"):
+        model(clips(config), torch.rand(2, 3))
+
+
+def test_timm_finds_the_sizes():
+    assert "everest_vit_small" in timm.list_models("everest_*")
+    model = timm.create_model("everest_vit_micro", num_classes=8, image_size=48)
+    assert model(clips(small())).shape == (2, 8)
+    autoencoder = timm.create_model("videomae_vit_micro_pretrain", image_size=48)
+    assert autoencoder.budget.dropped == 0
+    with pytest.raises(UserError, match="no weights are published"):
+        timm.create_model("everest_vit_micro", pretrained=True)
+
+
+def test_create_model_refuses_unknown_keys():
+    with pytest.raises(UserError, match="did you mean 'model.keep_ratio'"):
+        everest_ds.create_model("vit_micro", keep_ration=0.3)
