@@ -29,8 +29,8 @@ def export_weights(checkpoints: Path, config: ModelConfig, path: Path) -> None:
     """
     tag = checkpoints / (checkpoints / "latest").read_text(encoding="utf-8").strip()
     if any(tag.glob("*_optim_states.pt")):
-        # Silenced: it narrates its progress on stdout.
-        with contextlib.redirect_stdout(io.StringIO()):
+        # Silenced: it narrates its progress.
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoints))
     else:
         # Our own file of a moment ago; it holds optimizer settings besides tensors.

@@ -16,9 +16,7 @@ GPU = Facts(
     bf16_supported=True,
     fp16_supported=True,
 )
-CPU = Facts(
-    parameters=1_000, largest=100, width=96, ranks=2, on_cpu=True, bf16_supported=True, fp16_supported=False
-)
+CPU = Facts(parameters=1_000, largest=100, width=96, ranks=2, on_cpu=True, bf16_supported=True, fp16_supported=False)
 
 
 def resolve(ds: dict, *overrides: str, facts: Facts = GPU):

@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +16,9 @@ def refusal(*overrides: str) -> str:
 
 
 def test_overrides_reach_their_fields():
-    recipe = load_recipe(None, ["model.size=vit_large", "optim.base_lr=1e-3", "optim.betas=[0.9, 0.99]", "data.flip=no"])
+    recipe = load_recipe(
+        None, ["model.size=vit_large", "optim.base_lr=1e-3", "optim.betas=[0.9, 0.99]", "data.flip=no"]
+    )
     assert recipe.model.size == "vit_large"
     assert recipe.optim.base_lr == 1e-3  # YAML 1.1 alone would read a string
     assert recipe.optim.betas == (0.9, 0.99)
@@ -62,7 +66,11 @@ def test_mistakes_are_named(override, told):
 
 @pytest.mark.parametrize(
     ("content", "told"),
-    [(b"model: [unclosed", "not a YAML file"), (b"\xff\xfe\x00", "not a YAML file"), (b"- 1\n- 2\n", "expected groups")],
+    [
+        (b"model: [unclosed", "not a YAML file"),
+        (b"\xff\xfe\x00", "not a YAML file"),
+        (b"- 1\n- 2\n", "expected groups"),
+    ],
 )
 def test_files_that_are_no_recipe(tmp_path, content, told):
     file = tmp_path / "recipe.yaml"
@@ -78,10 +86,8 @@ def test_a_missing_recipe_is_named(tmp_path):
 
 @given(st.text(max_size=30))
 def test_any_text_is_an_override_or_a_mistake(text):
-    try:
+    with contextlib.suppress(UserError):
         assert isinstance(load_recipe(None, [text]), Recipe)
-    except UserError as error:
-        assert "\n" not in str(error).strip("\n") or text
 
 
 def test_every_key_is_documented():

@@ -1,4 +1,4 @@
-"""What must not change the arithmetic: ZeRO stage, offload, activation checkpointing, the split into ranks and passes."""
+"""What must not change the arithmetic: ZeRO stage, offload, activation checkpointing, ranks or passes."""
 
 import json
 from pathlib import Path
@@ -95,7 +95,14 @@ def test_one_rank_with_two_passes_is_two_ranks_with_one(runs, method):
 
 def test_runs_write_what_scripts_rely_on(runs):
     folder = runs / "everest-zero3"
-    for name in ("config.yaml", "ds_config.json", "metrics.jsonl", "env.json", "model.safetensors", "checkpoints/latest"):
+    for name in (
+        "config.yaml",
+        "ds_config.json",
+        "metrics.jsonl",
+        "env.json",
+        "model.safetensors",
+        "checkpoints/latest",
+    ):
         assert (folder / name).is_file(), name
     record = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     fields = "step epoch loss lr grad_norm clips_per_s data_wait_share step_s peak_memory_bytes".split()

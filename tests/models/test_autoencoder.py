@@ -148,5 +148,5 @@ def test_timm_finds_the_sizes():
 
 
 def test_create_model_refuses_unknown_keys():
-    with pytest.raises(UserError, match="did you mean 'model.keep_ratio'"):
+    with pytest.raises(UserError, match=r"did you mean 'model\.keep_ratio'"):
         everest_ds.create_model("vit_micro", keep_ration=0.3)

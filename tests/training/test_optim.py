@@ -15,9 +15,7 @@ from everest_ds.training.optim import ADAMS, choose_adam, parameter_groups, whic
 def test_weight_decay_falls_on_what_the_official_groups_decay():
     model = MaskedAutoencoder(ModelConfig(size="vit_micro", image_size=48, decoder_depth=1))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    ours = {
-        names[id(p)]: group["weight_decay"] > 0 for group in parameter_groups(model, 0.05) for p in group["params"]
-    }
+    ours = {names[id(p)]: group["weight_decay"] > 0 for group in parameter_groups(model, 0.05) for p in group["params"]}
     assert len(ours) == len(names)
     official = facts("lr_schedule")["pretrain_parameter_groups"]["parameters"]
     for name, entry in official.items():

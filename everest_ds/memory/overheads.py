@@ -1,0 +1,46 @@
+"""What a rank's device holds besides tensors. Each number is named, stated with its source, and can be overridden."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overheads:
+    """Bytes per rank that no tensor accounts for.
+
+    ``context_bytes``: the CUDA context with its loaded kernels, outside the allocator. ``communication_bytes``: NCCL's
+    buffers. ``libraries_bytes``: the workspace that cuBLAS takes from the allocator. ``granule_bytes``: the allocator
+    rounds every block up to a multiple of this.
+    """
+
+    context_bytes: int = 0
+    communication_bytes: int = 0
+    libraries_bytes: int = 0
+    granule_bytes: int = 1
+
+    def items(self, ranks: int) -> dict[str, int]:
+        """The overheads that a rank has, by name."""
+        named = {
+            "CUDA context": self.context_bytes,
+            "communication library": self.communication_bytes if ranks > 1 else 0,
+            "cuBLAS workspace": self.libraries_bytes,
+        }
+        return {name: size for name, size in named.items() if size}
+
+
+NONE = Overheads()
+# Assumptions, not measured by us: a context with torch's kernels is commonly reported as 400 to 600 MiB on A100 and
+# H100; NCCL takes some 4 to 8 MiB per channel and peer connection, about 300 MiB on an 8-GPU node; torch gives cuBLAS
+# 8 MiB (32 MiB on Hopper) per stream and handle (aten/src/ATen/cuda/CUDABlas.cpp, CUBLAS_WORKSPACE_CONFIG). The
+# granule is kMinBlockSize of c10/cuda/CUDACachingAllocator.cpp. Fragmentation is left out: it depends on history.
+CUDA = Overheads(
+    context_bytes=500 * _MIB, communication_bytes=300 * _MIB, libraries_bytes=32 * _MIB, granule_bytes=512
+)
+
+
+def overheads_for(device_type: str) -> Overheads:
+    """The stated overheads of a kind of device; none on a CPU."""
+    return CUDA if device_type == "cuda" else NONE

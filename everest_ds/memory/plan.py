@@ -1,0 +1,197 @@
+"""What one rank of a training run needs, on its device and on the host, before anything is run.
+
+``plan(recipe, ds_config, ranks=8)`` joins three things: the traced step of the very model (trace.py), what DeepSpeed
+holds between steps and does within one (states.py, step*.py), and stated overheads (overheads.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from everest_ds.config.batches import Batches
+from everest_ds.config.ds_config import Facts, precision, resolve_ds_config, zero_stage
+from everest_ds.config.errors import UserError
+from everest_ds.config.load import to_tree
+from everest_ds.config.schema import Recipe
+from everest_ds.memory.overheads import Overheads, overheads_for
+from everest_ds.memory.setting import ZeroSetting
+from everest_ds.memory.states import Item, states
+from everest_ds.memory.step import Step
+from everest_ds.memory.step_zero3 import StepZero3
+from everest_ds.memory.step_zero12 import StepZero12
+from everest_ds.memory.timeline import Curve
+from everest_ds.memory.trace import StepTrace, TraceSpec, trace_step
+
+_STEPS: dict[int, type[Step]] = {0: Step, 1: StepZero12, 2: StepZero12, 3: StepZero3}
+_LARGEST_BATCH = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A rank's memory. Bytes throughout; every dictionary maps an item's name to its bytes."""
+
+    recipe: Recipe
+    ds_config: dict[str, Any]
+    batches: Batches
+    setting: ZeroSetting
+    device_type: str
+    overheads: Overheads
+    trace: StepTrace = field(repr=False)
+    states: list[Item] = field(repr=False)
+    curves: tuple[Curve, ...] = field(repr=False)
+
+    @property
+    def predicted_peak_bytes(self) -> int:
+        """The device's peak, at the planned micro-batch."""
+        return self.peak(self.batches.micro)
+
+    @property
+    def device(self) -> dict[str, int]:
+        """What the device holds at the peak; sums to :attr:`predicted_peak_bytes`."""
+        return self.breakdown(self.batches.micro)
+
+    @cached_property
+    def host(self) -> dict[str, int]:
+        """What the rank's process holds on the host for the optimizer and the parameters, when they are offloaded."""
+        items: dict[str, int] = {}
+        for item in self.states:
+            if item.host:
+                size = _pinned(item.size_bytes) if self.setting.pin_memory else item.size_bytes
+                items[item.name] = items.get(item.name, 0) + size
+        return items
+
+    @property
+    def process_peak_bytes(self) -> int:
+        """Device and host together: what a process that computes on the CPU holds."""
+        return self.predicted_peak_bytes + sum(self.host.values())
+
+    @property
+    def states_bytes(self) -> int:
+        """Held between steps, device and host, without overheads."""
+        return sum(item.size_bytes for item in self.states)
+
+    def peak(self, micro_batch: int) -> int:
+        """The device's peak at another micro-batch; no new trace."""
+        tensors = max(curve.peak(micro_batch, self.overheads.granule_bytes) for curve in self.curves)
+        return tensors + sum(self.overheads.items(self.setting.ranks).values())
+
+    def peaks(self, micro_batches: Iterable[int]) -> dict[int, int]:
+        """The device's peak at each of many micro-batches."""
+        return {batch: self.peak(batch) for batch in micro_batches}
+
+    def breakdown(self, micro_batch: int) -> dict[str, int]:
+        """What the device holds at the peak, at another micro-batch."""
+        granule = self.overheads.granule_bytes
+        curve = max(self.curves, key=lambda c: c.peak(micro_batch, granule))
+        items = curve.at_peak(micro_batch, granule)
+        return dict(sorted(items.items(), key=lambda i: -i[1])) | self.overheads.items(self.setting.ranks)
+
+    def largest_micro_batch(self, capacity_bytes: int) -> int:
+        """The largest micro-batch whose peak fits; 0 if not even one clip does."""
+        low, high = 0, 1
+        while high < _LARGEST_BATCH and self.peak(high) <= capacity_bytes:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.peak(middle) <= capacity_bytes else (low, middle)
+        return low
+
+    def describe(self) -> dict[str, Any]:
+        """The resolved configuration, as ``--json`` reports it."""
+        return {
+            "model": to_tree(self.recipe.model),
+            "batches": dataclasses.asdict(self.batches) | {"total": self.batches.total},
+            "precision": self.setting.precision,
+            "zero": dataclasses.asdict(self.setting),
+            "device_type": self.device_type,
+            "overheads": dataclasses.asdict(self.overheads),
+            "parameters": self.trace.elements,
+            "ds_config": self.ds_config,
+        }
+
+
+def plan(
+    recipe: Recipe,
+    ds_config: dict[str, Any],
+    *,
+    ranks: int,
+    device_type: str = "cuda",
+    rank: int | None = None,
+    overheads: Overheads | None = None,
+) -> Plan:
+    """Plan one rank's memory.
+
+    Args:
+        recipe: the model and the batch (``train.micro_batch`` or ``train.global_batch``).
+        ds_config: a DeepSpeed JSON as loaded, its "auto" values unfilled.
+        ranks: of the run.
+        device_type: "cuda" or "cpu".
+        rank: whose memory; None: the rank that needs most.
+        overheads: besides tensors; None: the stated ones of the device type.
+
+    Raises:
+        UserError: recipe and JSON contradict each other, or the ranks don't divide the batch.
+    """
+    if ranks < 1:
+        raise UserError(f"world size: must be positive, got {ranks}")
+    facts = facts_for(recipe, ranks, device_type)
+    ds, batches = resolve_ds_config(ds_config, recipe, facts)
+    setting = ZeroSetting.read(ds, ranks=ranks, on_cpu=device_type == "cpu")
+    trace = trace_step(spec_for(recipe, ds, device_type))
+    curves = []
+    for each in _ranks_to_look_at(ranks) if rank is None else [rank]:
+        own = dataclasses.replace(setting, rank=each)
+        items = states(trace.parameters, own, trace.buffer_bytes)
+        curves.append(_STEPS[setting.stage](trace, own, items).run())
+    return Plan(
+        recipe=recipe,
+        ds_config=ds,
+        batches=batches,
+        setting=setting,
+        device_type=device_type,
+        overheads=overheads or overheads_for(device_type),
+        trace=trace,
+        states=states(trace.parameters, setting, trace.buffer_bytes),
+        curves=tuple(curves),
+    )
+
+
+def spec_for(recipe: Recipe, ds: dict[str, Any], device_type: str) -> TraceSpec:
+    """What to trace for a recipe and a resolved DeepSpeed configuration."""
+    return TraceSpec(
+        model=recipe.model,
+        precision=precision(ds),  # type: ignore[arg-type]
+        device_type=device_type,
+        module_marks=zero_stage(ds) == 3,
+    )
+
+
+def facts_for(recipe: Recipe, ranks: int, device_type: str) -> Facts:
+    """What "auto" values depend on, of a device that may not be here: any GPU since 2020 knows bf16 and fp16."""
+    sizes = [p.elements for p in trace_step(TraceSpec(model=recipe.model, device_type=device_type)).parameters]
+    return Facts(
+        parameters=sum(sizes),
+        largest=max(sizes),
+        width=recipe.model.row.width,
+        ranks=ranks,
+        on_cpu=device_type == "cpu",
+        bf16_supported=True,
+        fp16_supported=True,
+    )
+
+
+def _ranks_to_look_at(ranks: int) -> list[int]:
+    # Partitions differ by which parameters they hold, and so by when their gradients are kept: the first owns what the
+    # backward pass reaches last, the last what it reaches first.
+    return sorted({0, ranks // 2, ranks - 1})
+
+
+def _pinned(size_bytes: int) -> int:
+    """Page-locked blocks are powers of two (pytorch/aten/src/ATen/core/CachingHostAllocator.h)."""
+    return 1 << (size_bytes - 1).bit_length() if size_bytes > 0 else 0
+
+

@@ -1,0 +1,173 @@
+"""What a rank holds between steps: parameters, master copies, moments, gradients and buffers, per ZeRO stage.
+
+Every item carries its formula and where DeepSpeed (0.19.8) allocates it, so that a number can be argued with. n counts
+the model's parameters, p this rank's partition with padding, b the bytes of an element in training precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from everest_ds.memory.setting import FP32_BYTES, FlatGroup, ZeroSetting, groups_of, share, sub_groups
+from everest_ds.memory.trace import Parameter
+
+_STAGE12 = "runtime/zero/stage_1_and_2.py"
+_STAGE3 = "runtime/zero/stage3.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """Bytes held between steps, on the ``device`` or the ``host``."""
+
+    name: str
+    size_bytes: int
+    formula: str
+    source: str
+    host: bool = False
+
+
+def states(parameters: Sequence[Parameter], setting: ZeroSetting, buffer_bytes: int = 0) -> list[Item]:
+    """Itemise what one rank holds between steps, once the first step has made the optimizer's states.
+
+    Args:
+        parameters: of the model, in its order.
+        setting: the DeepSpeed settings.
+        buffer_bytes: of the model's buffers (position tables), which no stage partitions.
+    """
+    rows = {0: _stage0, 1: _stage12, 2: _stage12, 3: _stage3}[setting.stage](parameters, setting)
+    buffers = Item(name="position tables", size_bytes=buffer_bytes, formula="fp32 buffers", source="everest_ds.models")
+    return [item for item in (*rows, buffers) if item.size_bytes]
+
+
+def _stage0(parameters: Sequence[Parameter], setting: ZeroSetting) -> Iterator[Item]:
+    n, b = sum(p.elements for p in parameters), setting.element_bytes
+    yield Item(name="parameters", size_bytes=n * b, formula="n x b", source="runtime/engine.py")
+    if setting.precision != "fp32":
+        where = "runtime/fp16/fused_optimizer.py, FP16_Optimizer.__init__ (fp32_groups_flat)"
+        yield Item(name="fp32 master parameters", size_bytes=n * FP32_BYTES, formula="n x 4", source=where)
+    yield Item(
+        name="Adam moments",
+        size_bytes=2 * n * FP32_BYTES,
+        formula="n x 8",
+        source="ops/adam/fused_adam.py, FusedAdam.step (exp_avg, exp_avg_sq)",
+    )
+
+
+def _stage12(parameters: Sequence[Parameter], setting: ZeroSetting) -> Iterator[Item]:
+    groups = [FlatGroup(group, setting.ranks) for group in groups_of(parameters)]
+    padded, partition = sum(g.padded for g in groups), sum(g.partition for g in groups)
+    b, host = setting.element_bytes, setting.offload_optimizer
+    yield Item(
+        name="parameters",
+        size_bytes=padded * b,
+        formula="n x b, each group padded to 2 x ranks elements",
+        source=f"{_STAGE12}, __init__ (bit16_groups_flat)",
+    )
+    yield Item(
+        name="fp32 master parameters",
+        size_bytes=partition * FP32_BYTES,
+        formula="p x 4 (a copy even when training in fp32)",
+        source=f"{_STAGE12}, __init__ (single_partition_of_fp32_groups)",
+        host=host,
+    )
+    yield Item(
+        name="Adam moments",
+        size_bytes=2 * partition * FP32_BYTES,
+        formula="p x 8",
+        source="ops/adam/cpu_adam.py" if host else "ops/adam/fused_adam.py",
+        host=host,
+    )
+    if host:
+        yield from _stage12_offload(partition, max(p.elements for p in parameters), b)
+
+
+def _stage12_offload(partition: int, largest: int, b: int) -> Iterator[Item]:
+    yield Item(
+        name="fp32 gradients",
+        size_bytes=partition * FP32_BYTES,
+        formula="p x 4",
+        source=f"{_STAGE12}, initialize_optimizer_states (single_partition_of_fp32_groups.grad)",
+        host=True,
+    )
+    yield Item(
+        name="parameter staging buffer",
+        size_bytes=partition * b,
+        formula="p x b",
+        source=f"{_STAGE12}, __init__ (param_buffer_of_bit16_for_cpu_offload_groups)",
+        host=True,
+    )
+    for where in ("cpu", "gpu"):
+        yield Item(
+            name="gradient staging buffer",
+            size_bytes=largest * b,
+            formula="largest parameter x b",
+            source=f"{_STAGE12}, __init__ (temp_grad_buffer_for_{where}_offload)",
+            host=where == "cpu",
+        )
+
+
+def _stage3(parameters: Sequence[Parameter], setting: ZeroSetting) -> Iterator[Item]:
+    partition = sum(share(p, setting.ranks) for p in parameters)
+    b, host = setting.element_bytes, setting.offload_optimizer
+    yield Item(
+        name="parameters",
+        size_bytes=partition * b,
+        formula="p x b, each parameter padded to the ranks",
+        source=f"{_STAGE3}, _create_fp16_partitions_with_defragmentation (lp_param_buffer)",
+        host=setting.offload_param,
+    )
+    yield Item(
+        name="parameters kept whole",
+        size_bytes=sum(share(p, setting.ranks) * setting.ranks * b for p in kept_whole(parameters, setting)),
+        formula="those of at most stage3_param_persistence_threshold elements x b",
+        source="runtime/zero/parameter_offload.py, mark_persistent_parameters",
+    )
+    yield Item(
+        name="fp32 master parameters",
+        size_bytes=partition * FP32_BYTES,
+        formula="p x 4",
+        source=f"{_STAGE3}, _create_fp32_partitions",
+        host=host,
+    )
+    yield Item(
+        name="Adam moments",
+        size_bytes=2 * partition * FP32_BYTES,
+        formula="p x 8",
+        source="ops/adam/cpu_adam.py" if host else "ops/adam/fused_adam.py",
+        host=host,
+    )
+    yield Item(
+        name="gradients",
+        size_bytes=partition * b,
+        formula="p x b",
+        source=f"{_STAGE3}, _setup_for_real_optimizer (grad_partitions_flat_buffer)",
+        host=host,
+    )
+    if host:
+        yield Item(
+            name="fp32 gradients",
+            size_bytes=partition * FP32_BYTES,
+            formula="p x 4",
+            source=f"{_STAGE3}, initialize_optimizer_states (fp32_partitioned_groups_flat.grad)",
+            host=True,
+        )
+    if setting.contiguous_gradients:
+        yield Item(
+            name="reduce bucket",
+            size_bytes=setting.reduce_bucket * b,
+            formula="reduce_bucket_size x b",
+            source=f"{_STAGE3}, _setup_for_real_optimizer (IPGBucketZ3.buffer)",
+        )
+
+
+def kept_whole(parameters: Sequence[Parameter], setting: ZeroSetting) -> list[Parameter]:
+    """The parameters that ZeRO-3 keeps gathered; with one rank a gathered parameter is its partition, so none."""
+    if setting.ranks == 1:
+        return []
+    return [p for p in parameters if p.elements <= setting.persistence_threshold]
+
+
+def largest_sub_group(parameters: Sequence[Parameter], setting: ZeroSetting) -> int:
+    """Elements of the largest ZeRO-3 optimizer sub-group on one rank."""
+    return max(sum(share(p, setting.ranks) for p in group) for group in sub_groups(parameters, setting))

@@ -1,0 +1,95 @@
+"""A training step's bytes over time: the traced step, and what DeepSpeed holds and does around it.
+
+DeepSpeed works at fixed points of the step: when a parameter's gradient is complete, when a module begins or ends,
+after the backward pass, and in the optimizer step. A :class:`Step` replays the trace and acts at those points.
+"""
+
+from __future__ import annotations
+
+from everest_ds.memory.setting import FP32_BYTES, ZeroSetting, groups_of
+from everest_ds.memory.states import Item
+from everest_ds.memory.timeline import Curve, Timeline
+from everest_ds.memory.trace import Born, Mark, Parameter, StepTrace
+
+# Elements that one all-reduce of stage 0 carries (DeepSpeed runtime/engine.py, MEMORY_OPT_ALLREDUCE_SIZE).
+_ALLREDUCE_ELEMENTS = 500_000_000
+
+
+class Step:
+    """Stage 0: gradients stay whole until the optimizer step. Other stages override what they do differently."""
+
+    def __init__(self, trace: StepTrace, setting: ZeroSetting, items: list[Item]) -> None:
+        self.trace, self.setting = trace, setting
+        self.items = [item for item in items if not item.host]
+        self.timeline = Timeline()
+        self.parameters = {p.name: p for p in trace.parameters}
+        self.gradients: dict[str, int] = {}  # timeline blocks of gradients that are held whole, by parameter
+
+    def run(self) -> Curve:
+        """Replay one step in the steady state."""
+        for item in self.items:
+            self.hold(item)
+        blocks: dict[int, int] = {}
+        for event in self.trace.events:
+            if isinstance(event, Mark):
+                self._act(event, blocks)
+            elif isinstance(event, Born):
+                blocks[event.block] = self.trace.begin(self.timeline, event)
+            elif event.block in blocks:
+                self.timeline.gone(blocks.pop(event.block))
+        self.optimizer_step()
+        return self.timeline.freeze()
+
+    def hold(self, item: Item) -> None:
+        """Put something that is held between steps on the timeline."""
+        self.timeline.born(item.size_bytes, item.name)
+
+    def _act(self, mark: Mark, blocks: dict[int, int]) -> None:
+        if mark.kind == "gradient":
+            # From here on the gradient is DeepSpeed's: the trace, which keeps it to the end, has no say any more.
+            self.gradients[mark.name] = blocks.pop(mark.block)
+            self.gradient_ready(self.parameters[mark.name])
+        elif mark.kind == "end":
+            self.backward_done()
+        elif mark.kind != "backward":
+            self.module_event(mark.kind, mark.name)
+
+    def release_gradient(self, parameter: Parameter) -> None:
+        """Drop a gradient that is held whole."""
+        self.timeline.gone(self.gradients.pop(parameter.name))
+
+    def gradient_ready(self, parameter: Parameter) -> None:
+        """A parameter's gradient is complete and whole."""
+
+    def module_event(self, kind: str, module: str) -> None:
+        """A module begins or ends."""
+
+    def backward_done(self) -> None:
+        """The backward pass is over: all-reduce the gradients, copied into one flat message.
+
+        Source: runtime/engine.py, allreduce_no_retain and allreduce_bucket.
+        """
+        message = 0
+        for parameter in self.trace.parameters:
+            message += parameter.elements
+            if message > _ALLREDUCE_ELEMENTS:
+                self.timeline.flash(message * self.setting.element_bytes, "all-reduce message")
+                message = 0
+        if message:
+            self.timeline.flash(message * self.setting.element_bytes, "all-reduce message")
+
+    def optimizer_step(self) -> None:
+        """In fp32 Adam works on the gradients as they are. Otherwise each group is copied to fp32 and flattened.
+
+        Source: runtime/fp16/fused_optimizer.py, FP16_Optimizer.step: a list of fp32 copies, then their
+        concatenation, then the list and the 16-bit gradients go.
+        """
+        if self.setting.precision == "fp32":
+            return
+        for group in groups_of(self.trace.parameters):
+            copies = [self.timeline.born(p.elements * FP32_BYTES, "fp32 gradients") for p in group]
+            self.timeline.born(sum(p.elements for p in group) * FP32_BYTES, "fp32 gradients")
+            for block in copies:
+                self.timeline.gone(block)
+            for parameter in group:
+                self.release_gradient(parameter)
