@@ -15,6 +15,10 @@ class UserError(Exception):
     """A mistake that its message explains in one line: what is wrong, where, and what to do."""
 
 
+class RankError(UserError):
+    """One that this rank alone has met, so that it must speak whatever its number."""
+
+
 def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.5) -> str:
     """Return ``"; did you mean 'x'?"`` for the known word most like it (0 to 1), or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
@@ -30,7 +34,9 @@ def one_line_errors(program: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or isinstance(error, RankError):
             message = " ".join(str(error).split())
-            print(f"{program}: error: {message}", file=sys.stderr, flush=True)
+            where = f"[rank {rank}] " if rank != "0" else ""
+            print(f"{program}: error: {where}{message}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_USER_ERROR) from None

@@ -130,7 +130,7 @@ class DataConfig:
     crop_scales: tuple[float, ...] = setting(
         (1.0, 0.875, 0.75, 0.66), "MultiScaleCrop: crop sides as shares of the short side", source="VideoMAE"
     )
-    max_bad_share: float = setting(0.1, "share of unreadable samples above which the run ends")
+    max_bad_share: float = setting(0.1, "share of unreadable videos above which the run ends, judged from 20 videos on")
     timeout_s: float = setting(120.0, "seconds that a batch may take to arrive before the run ends; 0: no limit")
 
     def __post_init__(self) -> None:

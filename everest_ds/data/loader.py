@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from everest_ds.config.errors import UserError
+from everest_ds.config.errors import RankError, UserError
 from everest_ds.data.dataset import LOST, ClipDataset, Failure, Sample
 from everest_ds.data.randomness import Stream, generator
 
@@ -168,12 +168,12 @@ class ClipLoader:
         videos = [self._dataset.path(i) for i in self._dataset.reading.tolist() if i != LOST]
         reading = f"the workers were reading {', '.join(videos)}" if videos else "no video had been opened"
         if "timed out" in message:
-            return UserError(
+            return RankError(
                 f"data.timeout_s: no batch came within {self._loader.timeout:g} s; {reading}; remove the video that "
                 "hangs, or raise data.timeout_s if the storage is slow"
             )
         if "worker" in message and ("killed" in message or "exited" in message):
-            return UserError(
+            return RankError(
                 f"data.workers: a decoding process died ({message}); {reading}; too little memory or /dev/shm "
                 "(docker: --shm-size), or a video that crashes the decoder"
             )
@@ -205,7 +205,7 @@ def build_loader(dataset: ClipDataset, batches: Iterable[list[Key]], *, device: 
 
 
 def _start_worker(worker: int) -> None:  # noqa: ARG001
-    torch.set_num_threads(1)
+    # torch has set its own threads to one here: the workers are the parallelism.
     # Ctrl-C reaches the whole process group; the training process decides when to stop, and needs data until then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

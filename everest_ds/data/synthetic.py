@@ -2,7 +2,7 @@
 
 A world that wraps around has a dark textured background and a few bright textured sprites that look alike; one of them
 moves in one of 8 directions, the label. The camera shakes a little and the sensor is noisy. A clip is a pure function
-of (seed, index).
+of (seed, index), up to what the encoder makes of it.
 
 As a command::
 
@@ -125,14 +125,18 @@ def _check_numbers(*, size: int, seed: int, first_index: int, **positive: int) -
 
 
 def _background(size: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    """Return a dark texture (size, size), mean 70, of 4-pixel patches and finer grain."""
-    coarse = rng.uniform(-15, 15, size=(-(-size // 4),) * 2)
-    fine = rng.uniform(-10, 10, size=(size, size))
+    """Return a faint dark texture (size, size), mean 70, of 4-pixel patches and finer grain.
+
+    Faint, so that when the camera shakes it is still the sprites that change most.
+    """
+    coarse = rng.uniform(-4, 4, size=(-(-size // 4),) * 2)
+    fine = rng.uniform(-2, 2, size=(size, size))
     return (70 + np.kron(coarse, np.ones((4, 4)))[:size, :size] + fine).astype(np.float32)
 
 
 def _texture(rng: np.random.Generator) -> NDArray[np.int64]:
-    return rng.integers(*_SPRITE_GREY, size=(SPRITE, SPRITE))
+    """Return a sprite (8, 8) of 2-pixel squares: fine grain would be lost in the reconstruction's bottleneck."""
+    return np.kron(rng.integers(*_SPRITE_GREY, size=(SPRITE // 2, SPRITE // 2)), np.ones((2, 2), dtype=np.int64))
 
 
 def _sprite_pixels(corners: NDArray[np.int64], size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -167,7 +171,7 @@ def encode_grey(path: Path, video: NDArray[np.uint8]) -> None:
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=_FPS, options=_X264)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        # One thread: the same bytes on every machine, and processes are the parallelism.
+        # Processes are the parallelism.
         stream.thread_count = 1
         for luma in np.rint(16 + video * np.float32(219 / 255)).astype(np.uint8):
             planes[:height] = luma
@@ -201,10 +205,11 @@ def write_set(out: Path, *, train: int, val: int, seed: int, size: int, frames: 
     for count in (train, val):
         _check_numbers(count=count, seed=seed, size=size, frames=frames, first_index=0, workers=workers)
     wanted = {"version": _VERSION, "train": train, "val": val, "seed": seed, "size": size, "frames": frames}
-    if _is_complete(out, wanted):
+    if _holds(out, wanted):
         print(f"{out} already holds this set", file=sys.stderr)
         return
-    _write_record(out, wanted, complete=False)
+    # First, so that whatever an interrupted call leaves behind is known for what it is.
+    _write_record(out, wanted)
     for name, count, first in (("train", train, 0), ("val", val, FIRST_VAL_INDEX)):
         write_motion_videos(
             out / name,
@@ -216,19 +221,17 @@ def write_set(out: Path, *, train: int, val: int, seed: int, size: int, frames: 
             workers=workers,
             progress=_ProgressLine(name, count),
         )
-    _write_record(out, wanted, complete=True)
 
 
-def _is_complete(out: Path, wanted: dict[str, int]) -> bool:
+def _holds(out: Path, wanted: dict[str, int]) -> bool:
     """Say whether OUT holds the wanted set; an unfinished one of the same arguments, or nothing, is to be written."""
     try:
-        found = json.loads((out / _RECORD).read_text())
-        complete = found.pop("complete")
+        found = dict(json.loads((out / _RECORD).read_text()))
     except FileNotFoundError:
         if out.is_dir() and any(out.iterdir()):
             raise UserError(f"{out} is not empty and holds no synthetic set; name another folder") from None
         return False
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"{out / _RECORD} can't be read as the record of a synthetic set; name another folder"
         ) from error
@@ -238,13 +241,13 @@ def _is_complete(out: Path, wanted: dict[str, int]) -> bool:
         )
         raise UserError(f"{out} holds a different set ({changed}); name another folder or delete it")
     videos = {name: sum(1 for _ in (out / name).glob("*.mp4")) for name in ("train", "val")}
-    return bool(complete) and all(videos[name] == wanted[name] and (out / f"{name}.csv").is_file() for name in videos)
+    return all(videos[name] == wanted[name] and (out / f"{name}.csv").is_file() for name in videos)
 
 
-def _write_record(out: Path, wanted: dict[str, int], *, complete: bool) -> None:
+def _write_record(out: Path, wanted: dict[str, int]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / _RECORD).write_text(json.dumps({**wanted, "complete": complete}) + "\n")
+        (out / _RECORD).write_text(json.dumps(wanted) + "\n")
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}") from error
 

@@ -14,6 +14,7 @@ from everest_ds.config.schema import DataConfig
 from everest_ds.data.dataset import ClipDataset
 from everest_ds.data.decode import decode
 from everest_ds.data.manifest import read_manifest
+from everest_ds.data import synthetic
 from everest_ds.data.synthetic import DIRECTIONS, main, render_motion, write_motion_videos
 
 
@@ -97,9 +98,16 @@ def test_the_picture_is_as_described() -> None:
     assert (bright.sum(axis=(1, 2)) <= 5 * 64).all()
     assert (bright.sum(axis=(1, 2)) >= 2 * 64).all()
     assert 66 < video[~bright].mean() < 74
+    assert video.max() < 250
+
+
+def test_a_quarter_of_the_frames_is_shaken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthetic, "_NOISE_SIGMA", 0.0)
+    video, _ = render_motion(0, 0, size=64, frames=200)
     still = np.median(video, axis=0)
-    shaken = np.mean([np.median(np.abs(frame - still)[still < 110]) > 3.5 for frame in video])
-    assert 0.12 < shaken < 0.4
+    # Without noise a frame that did not move shows the very same background.
+    shaken = np.mean([(frame != still)[still < 110].mean() > 0.5 for frame in video])
+    assert 0.15 < shaken < 0.35
 
 
 def test_first_index_names_and_draws_other_videos(tmp_path: Path) -> None:
@@ -167,8 +175,10 @@ class TestCommand:
         arguments = [str(tmp_path / "set"), "--train", "3", "--val", "2"]
         main(arguments)
         (tmp_path / "set/val/1000001.mp4").unlink()
+        (tmp_path / "set/train.csv").unlink()
         main(arguments)
         assert len(read_all(tmp_path / "set/val/1000001.mp4")) == 20
+        assert len(read_manifest(tmp_path / "set/train.csv")) == 3
 
     def test_a_folder_with_other_things_is_left_alone(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "thesis.tex").write_text("dear reader")
@@ -177,6 +187,15 @@ class TestCommand:
         assert caught.value.code == 2
         assert "is not empty and holds no synthetic set" in capsys.readouterr().err
         assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+    @pytest.mark.parametrize("record", ["{", "7", '{"train": 1}', "null"])
+    def test_a_strange_record_is_refused(self, tmp_path: Path, record: str, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "synthetic.json").write_text(record)
+        with pytest.raises(SystemExit) as caught:
+            main([str(tmp_path), "--train", "1", "--val", "1"])
+        assert caught.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["synthetic.json"]
 
     def test_a_mistake_leaves_nothing_behind(self, tmp_path: Path) -> None:
         with pytest.raises(SystemExit) as caught:
