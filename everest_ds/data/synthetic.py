@@ -32,6 +32,8 @@ from everest_ds.data.randomness import Stream, generator
 
 DIRECTIONS = 8  # label k moves at k * 45 degrees from right, towards down
 SPRITE = 8  # pixels
+SIZE = 48  # height and width, pixels
+FRAMES = 20  # per video: a clip of 16 at stride 1, and room for its start
 # Far beyond any training index, so that a longer training set never runs into the validation set.
 FIRST_VAL_INDEX = 1_000_000
 
@@ -49,7 +51,7 @@ _VERSION = 1
 _RECORD = "synthetic.json"
 
 
-def render_motion(seed: int, index: int, *, size: int = 48, frames: int = 20) -> tuple[NDArray[np.uint8], int]:
+def render_motion(seed: int, index: int, *, size: int = SIZE, frames: int = FRAMES) -> tuple[NDArray[np.uint8], int]:
     """Return a video, grey uint8 (frames, size, size), and its label, the direction 0 ... 7.
 
     Labels follow the index, so that any 8 videos in a row have one of each.
@@ -79,8 +81,8 @@ def write_motion_videos(
     count: int,
     *,
     seed: int,
-    size: int = 48,
-    frames: int = 20,
+    size: int = SIZE,
+    frames: int = FRAMES,
     first_index: int = 0,
     workers: int = 1,
     progress: Callable[[int], None] | None = None,
@@ -196,7 +198,9 @@ def _map(
     return rows
 
 
-def write_set(out: Path, *, train: int, val: int, seed: int, size: int, frames: int, workers: int = 1) -> None:
+def write_set(
+    out: Path, *, train: int, val: int, seed: int, size: int = SIZE, frames: int = FRAMES, workers: int = 1
+) -> None:
     """Write OUT/train.csv and OUT/val.csv with their videos, unless the very same set is there already.
 
     Raises:
@@ -271,8 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write train.csv, val.csv and the videos into")
     parser.add_argument("--train", type=int, required=True, help="training videos")
     parser.add_argument("--val", type=int, required=True, help="validation videos")
-    parser.add_argument("--size", type=int, default=48, help="height and width, pixels (default 48)")
-    parser.add_argument("--frames", type=int, default=20, help="frames per video (default 20)")
+    parser.add_argument("--size", type=int, default=SIZE, help=f"height and width, pixels (default {SIZE})")
+    parser.add_argument("--frames", type=int, default=FRAMES, help=f"frames per video (default {FRAMES})")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
     options = parser.parse_args(arguments)

@@ -11,10 +11,10 @@ from video_files import read_all
 
 from everest_ds.config.errors import UserError
 from everest_ds.config.schema import DataConfig
+from everest_ds.data import synthetic
 from everest_ds.data.dataset import ClipDataset
 from everest_ds.data.decode import decode
 from everest_ds.data.manifest import read_manifest
-from everest_ds.data import synthetic
 from everest_ds.data.synthetic import DIRECTIONS, main, render_motion, write_motion_videos
 
 
