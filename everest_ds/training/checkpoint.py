@@ -22,16 +22,14 @@ def find_resume(recipe: Recipe) -> RunDir | None:
             it is a run of another model.
     """
     output, resume = RunDir(Path(recipe.train.output_dir)), recipe.train.resume
-    if resume == "off":
-        if output.has_results():
-            raise UserError(
-                f"train.output_dir: {output.path} already holds a run; continue it with --resume auto, or choose "
-                "another train.output_dir"
-            )
-        return None
-    if resume == "auto" and not output.has_checkpoint():
-        return None
     source = output if resume == "auto" else RunDir(Path(resume))
+    if (resume == "off" or source != output) and output.has_results():
+        raise UserError(
+            f"train.output_dir: {output.path} already holds a run; continue it with --resume auto, or choose another "
+            "train.output_dir"
+        )
+    if resume == "off" or (resume == "auto" and not output.has_checkpoint()):
+        return None
     found = source.read_model()
     if not source.has_checkpoint():
         raise UserError(f"train.resume: {source.path} holds no checkpoint to continue from")

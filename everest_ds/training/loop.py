@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,10 @@ from everest_ds.training.window import Window
 
 EXIT_BAD_NUMBERS = 3
 EXIT_RESTART_ME = 75
+_ENDINGS = {
+    EXIT_BAD_NUMBERS: "the loss was not finite train.max_bad_steps times in a row; the last checkpoint is untouched",
+    EXIT_RESTART_ME: "train.max_minutes are over; saved, continue with --resume auto",
+}
 
 
 @dataclass(kw_only=True)
@@ -39,10 +44,16 @@ class Training:
     step: int = 0
     saved_at: int = -1
     started: float = field(default_factory=time.monotonic)
+    grad_norm: Tensor | None = None
+
+    @property
+    def plain_norm(self) -> bool:
+        """Whether the gradient norm is ours to compute: DeepSpeed does it in all its optimizers but a bare one."""
+        return not hasattr(self.engine.optimizer, "_global_grad_norm")
 
 
 def train(run: Training) -> int:
-    """Train to the schedule's end and save. Returns an exit code: 0 done, 3 bad numbers, 75 out of time (saved)."""
+    """Train to the schedule's end and save. Returns an exit code: 0 done, 3 bad numbers (not saved), 75 out of time."""
     last = run.schedule.total_steps
     window = Window(run.engine.device)
     code = 0
@@ -59,6 +70,8 @@ def train(run: Training) -> int:
                 save(run)
     if code != EXIT_BAD_NUMBERS:
         save(run)
+    if code and ranks.is_main():
+        print(f"stopped after step {run.step}: {_ENDINGS[code]}", file=sys.stderr, flush=True)
     return code
 
 
@@ -77,6 +90,8 @@ def optimizer_step(run: Training, window: Window) -> Tensor:
         loss = engine(clips, noise).loss
         engine.backward(loss)
         losses.append(loss.detach())
+        if run.plain_norm and engine.is_gradient_accumulation_boundary():
+            run.grad_norm = torch.nn.utils.get_total_norm(p.grad for p in engine.module.parameters())
         engine.step()
     return torch.stack(losses).mean()
 
@@ -96,7 +111,7 @@ def close_window(run: Training, window: Window) -> tuple[dict[str, Any], int]:
     tried, bad, lost, late = (int(total) for total in sums.extra)
     run.bad_samples.check(type(counts)(tried, bad, lost))
     engine = run.engine
-    norm = engine.get_global_grad_norm()
+    norm = run.grad_norm if run.plain_norm else engine.get_global_grad_norm()
     record = {
         "step": run.step,
         "epoch": run.step / run.steps_per_epoch,

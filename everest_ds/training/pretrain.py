@@ -126,7 +126,7 @@ def assemble(plan: Plan, built: Built, done: int) -> Training:
         metrics=metrics,
         save=partial(checkpoint.save, built.engine, run_dir),
         step=done,
-        saved_at=done if done else -1,
+        saved_at=done if plan.source == run_dir else -1,
     )
 
 
