@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 RECIPE = Path("run/recipes/demo.yaml")
 DS_CONFIG = Path("ds_configs/zero2.json")
 CPU_RANKS = 2
-TRAIN_VIDEOS, VAL_VIDEOS = 2000, 400
+TRAIN_VIDEOS, VAL_VIDEOS = 1000, 200
 
 
 def run_demo(outputs: Path, overrides: list[str]) -> None:
