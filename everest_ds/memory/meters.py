@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import resource
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
 
+import psutil
 import torch
 
+from everest_ds.memory.storages import StorageWatch, held_bytes, tensors_in_process
+
 _KIB = 1024
+_RESET_PEAK_RSS = "5"  # proc(5), /proc/pid/clear_refs
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -14,3 +25,125 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB
     return torch.get_device_module(device).max_memory_allocated(device)
+
+
+class StorageMeter:
+    """Counts the bytes of every tensor storage alive in this process, while it is entered.
+
+    What was there before is counted too. Operators run slower meanwhile: measure times elsewhere.
+    """
+
+    def __init__(self) -> None:
+        self.current_bytes = 0
+        self.peak_bytes = 0
+        self.before_bytes = 0
+        self._sizes: dict[int, int] = {}
+        self._watch = StorageWatch(self, "cpu")
+
+    def born(self, block: int, size_bytes: int) -> None:
+        """A storage appeared."""
+        self._sizes[block] = size_bytes
+        self.current_bytes += size_bytes
+        self.peak_bytes = max(self.peak_bytes, self.current_bytes)
+
+    def died(self, block: int) -> None:
+        """A storage is gone."""
+        self.current_bytes -= self._sizes.pop(block)
+
+    def __enter__(self) -> StorageMeter:
+        gc.collect()
+        for tensor in tensors_in_process():
+            self._watch.watch(tensor)
+        self.before_bytes = self.current_bytes
+        self._watch.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._watch.__exit__(kind, error, trace)
+
+
+class ResidentMeter:
+    """The process's resident set (RSS): its growth since a moment, and the highest since then.
+
+    Linux alone can forget an earlier peak; elsewhere the peak is the process's highest ever.
+    """
+
+    def __init__(self) -> None:
+        gc.collect()
+        return_free_memory()
+        self.start_bytes = psutil.Process().memory_info().rss
+        self.forget_peak()
+
+    def forget_peak(self) -> None:
+        """Look for the peak from now on; what the growth is counted from stays."""
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text(_RESET_PEAK_RSS, encoding="ascii")
+
+    def growth_bytes(self) -> int:
+        """Highest resident set since the start, less what was there then."""
+        for line in _proc_status():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * _KIB - self.start_bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB - self.start_bytes
+
+
+def return_free_memory() -> None:
+    """Ask the C library to hand freed memory back to the system, so that the resident set means what is in use."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def states_bytes(device: torch.device) -> int:
+    """Tensor bytes alive now: all storages of the process on a CPU, the allocator's count on another device."""
+    gc.collect()
+    if device.type == "cpu":
+        return held_bytes()
+    return int(torch.get_device_module(device).memory_allocated(device))
+
+
+class DeviceMeter:
+    """A device allocator's peaks while it is entered: allocated, reserved, and what the driver reports as used."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._module: Any = torch.get_device_module(device)
+        self.allocated_bytes = 0
+        self.reserved_bytes = 0
+        self.driver_bytes = 0
+
+    def __enter__(self) -> DeviceMeter:
+        self._module.synchronize(self._device)
+        self._module.reset_peak_memory_stats(self._device)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._module.synchronize(self._device)
+        self.allocated_bytes = int(self._module.max_memory_allocated(self._device))
+        self.reserved_bytes = int(self._module.max_memory_reserved(self._device))
+        # Every process's on the device. The allocator keeps what it reserved, so this is its peak too.
+        free, total = self._module.mem_get_info(self._device)
+        self.driver_bytes = int(total - free)
+
+
+@contextlib.contextmanager
+def allocator_snapshot(device: torch.device, path: Path | None) -> Iterator[None]:
+    """Record a CUDA allocator's history and write it to ``path`` (for pytorch.org/memory_viz); None: don't."""
+    if path is None or device.type != "cuda":
+        yield
+        return
+    torch.cuda.memory._record_memory_history(max_entries=1_000_000)
+    try:
+        yield
+    finally:
+        torch.cuda.memory._dump_snapshot(str(path))
+        torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def _proc_status() -> list[str]:
+    with contextlib.suppress(OSError):
+        return Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return []

@@ -36,9 +36,7 @@ NONE = Overheads()
 # H100; NCCL takes some 4 to 8 MiB per channel and peer connection, about 300 MiB on an 8-GPU node; torch gives cuBLAS
 # 8 MiB (32 MiB on Hopper) per stream and handle (aten/src/ATen/cuda/CUDABlas.cpp, CUBLAS_WORKSPACE_CONFIG). The
 # granule is kMinBlockSize of c10/cuda/CUDACachingAllocator.cpp. Fragmentation is left out: it depends on history.
-CUDA = Overheads(
-    context_bytes=500 * _MIB, communication_bytes=300 * _MIB, libraries_bytes=32 * _MIB, granule_bytes=512
-)
+CUDA = Overheads(context_bytes=500 * _MIB, communication_bytes=300 * _MIB, libraries_bytes=32 * _MIB, granule_bytes=512)
 
 
 def overheads_for(device_type: str) -> Overheads:

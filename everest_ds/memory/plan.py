@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from everest_ds.config.batches import Batches
-from everest_ds.config.ds_config import Facts, precision, resolve_ds_config, zero_stage
+from everest_ds.config.ds_config import Facts, resolve_ds_config
 from everest_ds.config.errors import UserError
 from everest_ds.config.load import to_tree
 from everest_ds.config.schema import Recipe
@@ -24,7 +26,7 @@ from everest_ds.memory.step import Step
 from everest_ds.memory.step_zero3 import StepZero3
 from everest_ds.memory.step_zero12 import StepZero12
 from everest_ds.memory.timeline import Curve
-from everest_ds.memory.trace import StepTrace, TraceSpec, trace_step
+from everest_ds.memory.trace import StepTrace, TraceSpec, count_parameters, trace_one_clip, trace_step
 
 _STEPS: dict[int, type[Step]] = {0: Step, 1: StepZero12, 2: StepZero12, 3: StepZero3}
 _LARGEST_BATCH = 1 << 20
@@ -42,7 +44,22 @@ class Plan:
     overheads: Overheads
     trace: StepTrace = field(repr=False)
     states: list[Item] = field(repr=False)
-    curves: tuple[Curve, ...] = field(repr=False)
+    step: type[Step] = field(repr=False)
+    ranks_looked_at: tuple[int, ...] = (0,)
+
+    @cached_property
+    def curves(self) -> tuple[Curve, ...]:
+        """Bytes over time, per rank looked at, for micro-batches of two and more."""
+        return self._run(self.trace)
+
+    @cached_property
+    def one_clip_curves(self) -> tuple[Curve, ...]:
+        """The same for a micro-batch of one."""
+        return self._run(trace_one_clip(self.trace.spec))
+
+    def _run(self, trace: StepTrace) -> tuple[Curve, ...]:
+        settings = (dataclasses.replace(self.setting, rank=rank) for rank in self.ranks_looked_at)
+        return tuple(self.step(trace, setting, self.states).run() for setting in settings)
 
     @property
     def predicted_peak_bytes(self) -> int:
@@ -60,7 +77,7 @@ class Plan:
         items: dict[str, int] = {}
         for item in self.states:
             if item.host:
-                size = _pinned(item.size_bytes) if self.setting.pin_memory else item.size_bytes
+                size = _pinned(item.size_bytes) if item.pinned and self.setting.pin_memory else item.size_bytes
                 items[item.name] = items.get(item.name, 0) + size
         return items
 
@@ -76,7 +93,8 @@ class Plan:
 
     def peak(self, micro_batch: int) -> int:
         """The device's peak at another micro-batch; no new trace."""
-        tensors = max(curve.peak(micro_batch, self.overheads.granule_bytes) for curve in self.curves)
+        curves = self.one_clip_curves if micro_batch == 1 else self.curves
+        tensors = max(curve.peak(micro_batch, self.overheads.granule_bytes) for curve in curves)
         return tensors + sum(self.overheads.items(self.setting.ranks).values())
 
     def peaks(self, micro_batches: Iterable[int]) -> dict[int, int]:
@@ -86,13 +104,16 @@ class Plan:
     def breakdown(self, micro_batch: int) -> dict[str, int]:
         """What the device holds at the peak, at another micro-batch."""
         granule = self.overheads.granule_bytes
-        curve = max(self.curves, key=lambda c: c.peak(micro_batch, granule))
+        curves = self.one_clip_curves if micro_batch == 1 else self.curves
+        curve = max(curves, key=lambda c: c.peak(micro_batch, granule))
         items = curve.at_peak(micro_batch, granule)
         return dict(sorted(items.items(), key=lambda i: -i[1])) | self.overheads.items(self.setting.ranks)
 
     def largest_micro_batch(self, capacity_bytes: int) -> int:
         """The largest micro-batch whose peak fits; 0 if not even one clip does."""
-        low, high = 0, 1
+        if self.peak(2) > capacity_bytes:
+            return int(self.peak(1) <= capacity_bytes)
+        low, high = 2, 4
         while high < _LARGEST_BATCH and self.peak(high) <= capacity_bytes:
             low, high = high, 2 * high
         while high - low > 1:
@@ -120,6 +141,7 @@ def plan(
     *,
     ranks: int,
     device_type: str = "cuda",
+    classes: int | None = None,
     rank: int | None = None,
     overheads: Overheads | None = None,
 ) -> Plan:
@@ -130,6 +152,7 @@ def plan(
         ds_config: a DeepSpeed JSON as loaded, its "auto" values unfilled.
         ranks: of the run.
         device_type: "cuda" or "cpu".
+        classes: None plans pre-training, a number fine-tuning of a classifier with so many classes.
         rank: whose memory; None: the rank that needs most.
         overheads: besides tensors; None: the stated ones of the device type.
 
@@ -138,15 +161,19 @@ def plan(
     """
     if ranks < 1:
         raise UserError(f"world size: must be positive, got {ranks}")
-    facts = facts_for(recipe, ranks, device_type)
+    facts = facts_for(recipe, ranks, device_type, classes)
     ds, batches = resolve_ds_config(ds_config, recipe, facts)
     setting = ZeroSetting.read(ds, ranks=ranks, on_cpu=device_type == "cpu")
-    trace = trace_step(spec_for(recipe, ds, device_type))
-    curves = []
-    for each in _ranks_to_look_at(ranks) if rank is None else [rank]:
-        own = dataclasses.replace(setting, rank=each)
-        items = states(trace.parameters, own, trace.buffer_bytes)
-        curves.append(_STEPS[setting.stage](trace, own, items).run())
+    trace = trace_step(
+        TraceSpec(
+            model=recipe.model,
+            precision=setting.precision,  # type: ignore[arg-type]
+            device_type=device_type,
+            classes=classes,
+            module_marks=setting.stage == 3,
+        )
+    )
+    items = states(trace.parameters, dataclasses.replace(setting, rank=rank or 0), trace.buffer_bytes)
     return Plan(
         recipe=recipe,
         ds_config=ds,
@@ -155,24 +182,20 @@ def plan(
         device_type=device_type,
         overheads=overheads or overheads_for(device_type),
         trace=trace,
-        states=states(trace.parameters, setting, trace.buffer_bytes),
-        curves=tuple(curves),
+        states=items,
+        step=_STEPS[setting.stage],
+        ranks_looked_at=tuple(_ranks_to_look_at(setting)) if rank is None else (rank,),
     )
 
 
-def spec_for(recipe: Recipe, ds: dict[str, Any], device_type: str) -> TraceSpec:
-    """What to trace for a recipe and a resolved DeepSpeed configuration."""
-    return TraceSpec(
-        model=recipe.model,
-        precision=precision(ds),  # type: ignore[arg-type]
-        device_type=device_type,
-        module_marks=zero_stage(ds) == 3,
-    )
+def device_type_here() -> str:
+    """What ranks on this machine compute on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def facts_for(recipe: Recipe, ranks: int, device_type: str) -> Facts:
+def facts_for(recipe: Recipe, ranks: int, device_type: str, classes: int | None = None) -> Facts:
     """What "auto" values depend on, of a device that may not be here: any GPU since 2020 knows bf16 and fp16."""
-    sizes = [p.elements for p in trace_step(TraceSpec(model=recipe.model, device_type=device_type)).parameters]
+    sizes = [elements for _, elements in count_parameters(recipe.model, classes)]
     return Facts(
         parameters=sum(sizes),
         largest=max(sizes),
@@ -184,14 +207,12 @@ def facts_for(recipe: Recipe, ranks: int, device_type: str) -> Facts:
     )
 
 
-def _ranks_to_look_at(ranks: int) -> list[int]:
-    # Partitions differ by which parameters they hold, and so by when their gradients are kept: the first owns what the
-    # backward pass reaches last, the last what it reaches first.
-    return sorted({0, ranks // 2, ranks - 1})
+def _ranks_to_look_at(setting: ZeroSetting) -> list[int]:
+    # Under ZeRO-1 and 2 partitions differ by which parameters they hold, and so by when their gradients are kept: the
+    # first owns what the backward pass reaches last, the last what it reaches first.
+    return sorted({0, setting.ranks // 2, setting.ranks - 1}) if setting.stage in (1, 2) else [0]
 
 
 def _pinned(size_bytes: int) -> int:
     """Page-locked blocks are powers of two (pytorch/aten/src/ATen/core/CachingHostAllocator.h)."""
     return 1 << (size_bytes - 1).bit_length() if size_bytes > 0 else 0
-
-

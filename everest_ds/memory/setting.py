@@ -13,7 +13,7 @@ from everest_ds.memory.trace import Parameter
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FP32_BYTES = 4
 NORM_BYTES = 8  # gradient norms accumulate in float64 (DeepSpeed runtime/zero/utils.py, get_norm_dtype)
-# DeepSpeed aligns flat buffers to 4 bytes per rank: two 16-bit elements (stage_1_and_2.py, nccl_start_alignment_factor).
+# DeepSpeed aligns flat buffers to two elements per rank (stage_1_and_2.py, nccl_start_alignment_factor).
 _ALIGNMENT = 2
 
 

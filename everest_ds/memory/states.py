@@ -18,13 +18,14 @@ _STAGE3 = "runtime/zero/stage3.py"
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """Bytes held between steps, on the ``device`` or the ``host``."""
+    """Bytes held between steps, on the device or the host; ``pinned``: page-locked where DeepSpeed is asked to."""
 
     name: str
     size_bytes: int
     formula: str
     source: str
     host: bool = False
+    pinned: bool = False
 
 
 def states(parameters: Sequence[Parameter], setting: ZeroSetting, buffer_bytes: int = 0) -> list[Item]:
@@ -70,6 +71,7 @@ def _stage12(parameters: Sequence[Parameter], setting: ZeroSetting) -> Iterator[
         formula="p x 4 (a copy even when training in fp32)",
         source=f"{_STAGE12}, __init__ (single_partition_of_fp32_groups)",
         host=host,
+        pinned=host,
     )
     yield Item(
         name="Adam moments",
@@ -80,6 +82,15 @@ def _stage12(parameters: Sequence[Parameter], setting: ZeroSetting) -> Iterator[
     )
     if host:
         yield from _stage12_offload(partition, max(p.elements for p in parameters), b)
+    if host and setting.accumulation > 1:
+        owned = (p for g in groups for p in g.parameters if any(i.rank == setting.rank for i in g.pieces()[p.name]))
+        yield Item(
+            name="accumulated gradients",
+            size_bytes=sum(p.elements for p in owned) * b,
+            formula="parameters that reach into p x b",
+            source=f"{_STAGE12}, async_accumulate_grad_in_cpu_via_gpu (accumulated_grads_in_cpu)",
+            host=True,
+        )
 
 
 def _stage12_offload(partition: int, largest: int, b: int) -> Iterator[Item]:
@@ -89,6 +100,7 @@ def _stage12_offload(partition: int, largest: int, b: int) -> Iterator[Item]:
         formula="p x 4",
         source=f"{_STAGE12}, initialize_optimizer_states (single_partition_of_fp32_groups.grad)",
         host=True,
+        pinned=True,
     )
     yield Item(
         name="parameter staging buffer",
@@ -96,6 +108,7 @@ def _stage12_offload(partition: int, largest: int, b: int) -> Iterator[Item]:
         formula="p x b",
         source=f"{_STAGE12}, __init__ (param_buffer_of_bit16_for_cpu_offload_groups)",
         host=True,
+        pinned=True,
     )
     for where in ("cpu", "gpu"):
         yield Item(
@@ -104,6 +117,7 @@ def _stage12_offload(partition: int, largest: int, b: int) -> Iterator[Item]:
             formula="largest parameter x b",
             source=f"{_STAGE12}, __init__ (temp_grad_buffer_for_{where}_offload)",
             host=where == "cpu",
+            pinned=where == "cpu",
         )
 
 
@@ -116,6 +130,7 @@ def _stage3(parameters: Sequence[Parameter], setting: ZeroSetting) -> Iterator[I
         formula="p x b, each parameter padded to the ranks",
         source=f"{_STAGE3}, _create_fp16_partitions_with_defragmentation (lp_param_buffer)",
         host=setting.offload_param,
+        pinned=setting.offload_param,
     )
     yield Item(
         name="parameters kept whole",
@@ -143,6 +158,7 @@ def _stage3(parameters: Sequence[Parameter], setting: ZeroSetting) -> Iterator[I
         formula="p x b",
         source=f"{_STAGE3}, _setup_for_real_optimizer (grad_partitions_flat_buffer)",
         host=host,
+        pinned=host,
     )
     if host:
         yield Item(
@@ -151,6 +167,7 @@ def _stage3(parameters: Sequence[Parameter], setting: ZeroSetting) -> Iterator[I
             formula="p x 4",
             source=f"{_STAGE3}, initialize_optimizer_states (fp32_partitioned_groups_flat.grad)",
             host=True,
+            pinned=True,
         )
     if setting.contiguous_gradients:
         yield Item(

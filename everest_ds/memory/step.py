@@ -9,10 +9,12 @@ from __future__ import annotations
 from everest_ds.memory.setting import FP32_BYTES, ZeroSetting, groups_of
 from everest_ds.memory.states import Item
 from everest_ds.memory.timeline import Curve, Timeline
-from everest_ds.memory.trace import Born, Mark, Parameter, StepTrace
+from everest_ds.memory.trace import INPUTS, Born, Mark, Parameter, StepTrace
 
 # Elements that one all-reduce of stage 0 carries (DeepSpeed runtime/engine.py, MEMORY_OPT_ALLREDUCE_SIZE).
 _ALLREDUCE_ELEMENTS = 500_000_000
+# Of a step's accumulation passes the first finds no gradients and the others do.
+_PASSES = 2
 
 
 class Step:
@@ -23,22 +25,36 @@ class Step:
         self.items = [item for item in items if not item.host]
         self.timeline = Timeline()
         self.parameters = {p.name: p for p in trace.parameters}
+        self.last_pass = True
+        self.inputs_held = False
         self.gradients: dict[str, int] = {}  # timeline blocks of gradients that are held whole, by parameter
 
     def run(self) -> Curve:
-        """Replay one step in the steady state."""
+        """Replay one step in the steady state. With accumulation, two passes show what many do."""
         for item in self.items:
             self.hold(item)
+        for number in reversed(range(min(self.setting.accumulation, _PASSES))):
+            self.last_pass = number == 0
+            self.begin_pass()
+            self._replay()
+        self.optimizer_step()
+        return self.timeline.freeze()
+
+    def begin_pass(self) -> None:
+        """A forward pass begins."""
+
+    def _replay(self) -> None:
         blocks: dict[int, int] = {}
         for event in self.trace.events:
             if isinstance(event, Mark):
                 self._act(event, blocks)
             elif isinstance(event, Born):
+                if self.inputs_held and self.trace.labels[event.block] == INPUTS:
+                    continue
                 blocks[event.block] = self.trace.begin(self.timeline, event)
             elif event.block in blocks:
                 self.timeline.gone(blocks.pop(event.block))
-        self.optimizer_step()
-        return self.timeline.freeze()
+        self.inputs_held = True
 
     def hold(self, item: Item) -> None:
         """Put something that is held between steps on the timeline."""
@@ -47,7 +63,11 @@ class Step:
     def _act(self, mark: Mark, blocks: dict[int, int]) -> None:
         if mark.kind == "gradient":
             # From here on the gradient is DeepSpeed's: the trace, which keeps it to the end, has no say any more.
-            self.gradients[mark.name] = blocks.pop(mark.block)
+            block = blocks.pop(mark.block)
+            if mark.name in self.gradients:
+                self.timeline.gone(block)  # added to the one of the pass before
+            else:
+                self.gradients[mark.name] = block
             self.gradient_ready(self.parameters[mark.name])
         elif mark.kind == "end":
             self.backward_done()
@@ -69,6 +89,8 @@ class Step:
 
         Source: runtime/engine.py, allreduce_no_retain and allreduce_bucket.
         """
+        if not self.last_pass:
+            return
         message = 0
         for parameter in self.trace.parameters:
             message += parameter.elements

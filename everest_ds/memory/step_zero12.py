@@ -24,12 +24,13 @@ class StepZero12(Step):
             self.pieces |= group.pieces()
         self.buffers: list[int] = []
         self.bucket: list[Parameter] = []
-        self.kept: int | None = None  # the block that holds this rank's share of the gradients
+        self.kept: int | None = None  # the block that holds this rank's share of a pass's gradients
+        self.accumulated: int | None = None  # the same, over passes
 
     @property
     def _immediate(self) -> bool:
         # process_gradients: stage 1 without overlap_comm reduces after the backward pass.
-        return self.setting.stage == 2 or self.setting.overlap_comm
+        return self.setting.stage == 2 or (self.setting.overlap_comm and self.last_pass)
 
     def gradient_ready(self, parameter: Parameter) -> None:
         """process_gradients, reduce_independent_p_g_buckets_and_remove_grads."""
@@ -80,7 +81,9 @@ class StepZero12(Step):
             self.timeline.flash(piece.elements * FP32_BYTES, "fp32 gradients")
 
     def backward_done(self) -> None:
-        """independent_gradient_partition_epilogue."""
+        """independent_gradient_partition_epilogue; stage 1 waits for the last pass."""
+        if self.setting.stage == 1 and not self.last_pass:
+            return
         if not self._immediate:
             for group in self.groups:
                 for parameter in group.parameters:
@@ -88,6 +91,12 @@ class StepZero12(Step):
         self._reduce()
         for block in self.buffers:
             self.timeline.gone(block)
+        self.buffers = []
+        if self.accumulated is not None and self.kept is not None:
+            self.timeline.gone(self.kept)  # added to what the pass before left
+        else:
+            self.accumulated = self.kept
+        self.kept = None
 
     def optimizer_step(self) -> None:
         """step: norms, then per group a flat copy of the gradients, cast to fp32, and Adam."""
@@ -101,6 +110,6 @@ class StepZero12(Step):
                 fp32 = self.timeline.born(group.partition * FP32_BYTES, "fp32 gradients")
                 self.timeline.gone(flat)
                 flat = fp32
-            if number == len(self.groups) - 1 and self.kept is not None:
-                self.timeline.gone(self.kept)
+            if number == len(self.groups) - 1 and self.accumulated is not None:
+                self.timeline.gone(self.accumulated)
             self.timeline.gone(flat)

@@ -47,13 +47,16 @@ class StepZero3(Step):
             self.own[parameter.module].append(parameter)
         kinds = ("enter", "enter_backward")
         self.order = [e.name for e in trace.events if isinstance(e, Mark) and e.kind in kinds]
-        self.queue = deque((p, at) for at, module in enumerate(self.order) for p in self.own[module])
         self.persistent = {p.name for p in kept_whole(trace.parameters, setting)}
         self.whole = _Whole(users={p.name: set() for p in trace.parameters})
-        self.fetched_for: dict[str, int] = {}
+        self.bucket: list[Parameter] = []
+
+    def begin_pass(self) -> None:
+        """reset_step."""
+        self.queue = deque((p, at) for at, module in enumerate(self.order) for p in self.own[module])
+        self.fetched_for: dict[str, int] = {}  # the last moment (index into order) that a parameter was fetched for
         self.at, self.available = 0, 0
         self.active: list[str] = []
-        self.bucket: list[Parameter] = []
 
     def hold(self, item: Item) -> None:
         """Parameters that are kept whole are blocks of their own: the optimizer step frees and gathers them."""

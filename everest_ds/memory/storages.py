@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_iter
 class Observer(Protocol):
     """Hears of storages."""
 
-    def born(self, block: int, size_bytes: int, operator: str) -> None:
+    def born(self, block: int, size_bytes: int) -> None:
         """A storage appeared; ``block`` numbers it."""
 
     def died(self, block: int) -> None:
@@ -31,9 +31,11 @@ class Observer(Protocol):
 class StorageWatch(TorchDispatchMode):
     """Numbers every storage that an operator returns and tells an observer of its birth and death."""
 
-    def __init__(self, observer: Observer) -> None:
+    def __init__(self, observer: Observer, device_type: str) -> None:
+        """``device_type``: of the storages that count; fake tensors keep theirs on "meta"."""
         super().__init__()
         self._observer = observer
+        self._device_type = device_type
         self._blocks: dict[int, int] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
         self._next = 0
@@ -45,18 +47,28 @@ class StorageWatch(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for value in tree_iter(out):
             if isinstance(value, Tensor):
-                self.watch(value, str(func))
+                self.watch(value, least_bytes=self.least_bytes(func, args))
         return out
 
-    def watch(self, tensor: Tensor, operator: str = "") -> int:
-        """Start counting a tensor's storage, if it isn't counted already. Returns its block number."""
+    def least_bytes(self, func: Any, args: tuple[Any, ...]) -> int:  # noqa: ARG002
+        """Bytes that an operator's result takes at least, where its storage doesn't say so."""
+        return 0
+
+    def watch(self, tensor: Tensor, *, least_bytes: int = 0) -> int:
+        """Start counting a tensor's storage, if it isn't counted already.
+
+        Returns:
+            Its block number; -1 if it lies on another device.
+        """
         storage = tensor.untyped_storage()
         address = storage._cdata
+        if storage.device.type != self._device_type:
+            return -1
         if address not in self._blocks:
             block, self._next = self._next, self._next + 1
             self._blocks[address] = block
             self._references[address] = weakref.ref(storage, partial(self._died, address))
-            self._observer.born(block, storage.nbytes(), operator)
+            self._observer.born(block, max(storage.nbytes(), least_bytes))
         return self._blocks[address]
 
     def ignore(self, tensor: Tensor) -> None:
@@ -73,19 +85,19 @@ class StorageWatch(TorchDispatchMode):
             self._observer.died(block)
 
 
-def tensors_in_process(keep: Callable[[Tensor], bool] = lambda _: True) -> Iterable[Tensor]:
-    """Yield every tensor that Python's garbage collector knows of."""
+def tensors_in_process() -> Iterable[Tensor]:
+    """Yield every dense tensor that Python's garbage collector knows of."""
     for thing in gc.get_objects():
         # type() rather than isinstance(): some lazy proxies answer isinstance by importing what they stand for.
-        if issubclass(type(thing), Tensor) and keep(thing):
+        if issubclass(type(thing), Tensor) and thing.layout == torch.strided:
             yield thing
 
 
 def held_bytes(device_type: str = "cpu") -> int:
     """Bytes of all tensor storages alive in the process on one kind of device, each storage once."""
     sizes: dict[int, int] = {}
-    with torch.no_grad():
-        for tensor in tensors_in_process(lambda t: t.device.type == device_type and t.layout == torch.strided):
-            storage = tensor.untyped_storage()
+    for tensor in tensors_in_process():
+        storage = tensor.untyped_storage()
+        if storage.device.type == device_type:
             sizes[storage._cdata] = storage.nbytes()
     return sum(sizes.values())

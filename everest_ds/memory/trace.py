@@ -22,11 +22,12 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from everest_ds.config.schema import ModelConfig
 from everest_ds.memory.autocast import cuda_like_autocast
+from everest_ds.memory.kernels import cuda_workspace_bytes, result_bytes
 from everest_ds.memory.storages import StorageWatch
 from everest_ds.memory.timeline import Timeline
-from everest_ds.memory.workspace import cuda_workspace_bytes
 from everest_ds.models import MaskedAutoencoder, VideoClassifier
 from everest_ds.models.patches import CHANNELS
+from everest_ds.tokens import TokenBudget
 
 # "autocast": fp32 parameters under fp16 CUDA autocast, as the official code trains; the others are DeepSpeed's.
 Precision = Literal["fp32", "bf16", "fp16", "autocast"]
@@ -38,7 +39,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 # Exempt from weight decay besides vectors: training/optim.py has the same rule (a test compares them).
 _NO_DECAY = ("mask_token",)
-# Two micro-batches fix a line. One clip is left out: dimensions of size one let kernels skip copies.
+# Two micro-batches fix a line; one clip is off it (see trace_one_clip).
 _BATCHES = (2, 3)
 
 
@@ -140,12 +141,12 @@ class StepTrace:
         )
 
 
-SAVED = "saved activations"
+SAVED, INPUTS = "saved activations", "inputs"
 
 
 @lru_cache(maxsize=64)
 def trace_step(spec: TraceSpec) -> StepTrace:
-    """Trace a step; results are remembered.
+    """Trace a step of two or more clips, whatever their number; results are remembered.
 
     Raises:
         RuntimeError: the order of events depends on the micro-batch (a bug: shapes are static).
@@ -156,17 +157,39 @@ def trace_step(spec: TraceSpec) -> StepTrace:
     if [_shape(e) for e in small.events] != [_shape(e) for e in large.events]:
         raise RuntimeError("the order of allocations depends on the micro-batch; the step has a dynamic shape")
     per_clip = [(b - a) // (_BATCHES[1] - _BATCHES[0]) for a, b in zip(small.sizes, large.sizes, strict=True)]
+    fixed = [a - _BATCHES[0] * p for a, p in zip(small.sizes, per_clip, strict=True)]
+    return _finish(spec, model, small, fixed, per_clip)
+
+
+@lru_cache(maxsize=64)
+def trace_one_clip(spec: TraceSpec) -> StepTrace:
+    """Trace a step of one clip: dimensions of size one let kernels skip copies, so it is off the others' line."""
+    with FakeTensorMode():
+        model = _build(spec)
+        recorder = _record(model, spec, 1)
+    return _finish(spec, model, recorder, recorder.sizes, [0] * len(recorder.sizes))
+
+
+def _finish(spec: TraceSpec, model: nn.Module, recorder: _Recorder, fixed: list[int], per_clip: list[int]) -> StepTrace:
     return StepTrace(
         spec=spec,
         parameters=tuple(_parameters(model)),
         buffer_bytes=sum(b.untyped_storage().nbytes() for b in model.buffers()),
         module_order=tuple(name for name, _ in model.named_modules()),
-        events=tuple(small.events),
-        fixed=tuple(a - _BATCHES[0] * p for a, p in zip(small.sizes, per_clip, strict=True)),
+        events=tuple(recorder.events),
+        fixed=tuple(fixed),
         per_clip=tuple(per_clip),
-        labels=tuple(_labels(small)),
-        modules=tuple(small.modules),
+        labels=tuple(_labels(recorder)),
+        modules=tuple(recorder.modules),
     )
+
+
+@lru_cache(maxsize=64)
+def count_parameters(model: ModelConfig, classes: int | None = None) -> tuple[tuple[str, int], ...]:
+    """Names and elements of a model's parameters, without building it."""
+    with FakeTensorMode():
+        built = _build(TraceSpec(model=model, classes=classes, precision="fp32"))
+    return tuple((name, p.numel()) for name, p in built.named_parameters())
 
 
 class _Recorder:
@@ -178,26 +201,28 @@ class _Recorder:
         self.modules: list[str] = []
         self.stack: list[str] = [""]
         self.backward = False
+        self.closed = False
         self.inputs: set[int] = set()
         self.gradients: set[int] = set()
 
-    def born(self, block: int, size_bytes: int, operator: str) -> None:  # noqa: ARG002
+    def born(self, block: int, size_bytes: int) -> None:
         self.events.append(Born(block, size_bytes, self.stack[-1], self.backward))
         self.sizes.append(size_bytes)
         self.modules.append(self.stack[-1])
 
     def died(self, block: int) -> None:
-        self.events.append(Died(block))
+        if not self.closed:
+            self.events.append(Died(block))
 
     def mark(self, kind: str, name: str = "", block: int = -1) -> None:
         self.events.append(Mark(kind, name, block))
 
 
 class _Watch(StorageWatch):
-    """Adds the workspaces of CUDA kernels, which no result shows."""
+    """Adds what fake kernels don't show: CUDA workspaces, and results larger than they look."""
 
     def __init__(self, recorder: _Recorder, cuda: bool) -> None:
-        super().__init__(recorder)
+        super().__init__(recorder, "meta")
         self._cuda = cuda
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -206,6 +231,10 @@ class _Watch(StorageWatch):
         if scratch is not None:
             self.watch(scratch)
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def least_bytes(self, func: Any, args: tuple[Any, ...]) -> int:
+        """See :meth:`StorageWatch.least_bytes`."""
+        return result_bytes(func, args)
 
 
 def _build(spec: TraceSpec) -> nn.Module:
@@ -234,7 +263,7 @@ def _record(model: nn.Module, spec: TraceSpec, batch: int) -> _Recorder:
         for handle in _hooks(model, recorder, watch, spec.module_marks):
             stack.callback(handle.remove)
         stack.enter_context(watch)
-        inputs = _inputs(model, spec, batch)
+        inputs = _inputs(spec, batch)
         recorder.inputs = {watch.watch(tensor) for tensor in inputs}
         with cuda_like_autocast() if spec.precision == "autocast" else contextlib.nullcontext():
             loss = _loss(model, spec, inputs)
@@ -242,19 +271,19 @@ def _record(model: nn.Module, spec: TraceSpec, batch: int) -> _Recorder:
         recorder.mark("backward")
         loss.backward()
         recorder.mark("end")
-        del loss
+    # The loss and the inputs outlive the optimizer step, for training/loop.py still has them: their end isn't heard.
+    recorder.closed = True
     for parameter in model.parameters():
         parameter.grad = None
-    del inputs
     return recorder
 
 
-def _inputs(model: nn.Module, spec: TraceSpec, batch: int) -> tuple[Tensor, ...]:
+def _inputs(spec: TraceSpec, batch: int) -> tuple[Tensor, ...]:
     config = spec.model
     clips = torch.zeros(batch, CHANNELS, config.frames, config.image_size, config.image_size, dtype=torch.uint8)
     if spec.classes is not None:
         return clips, torch.zeros(batch, dtype=torch.int64)
-    return clips, torch.rand(batch, model.budget.total)  # type: ignore[union-attr, operator]
+    return clips, torch.rand(batch, TokenBudget.for_pretraining(config).total)
 
 
 def _loss(model: nn.Module, spec: TraceSpec, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -279,7 +308,7 @@ def _gradient(recorder: _Recorder, watch: StorageWatch, name: str, parameter: Te
     recorder.mark("gradient", name, block)
 
 
-def _enter(recorder: _Recorder, name: str, marks: bool, module: nn.Module, inputs: Any) -> Any:
+def _enter(recorder: _Recorder, name: str, marks: bool, _: nn.Module, inputs: Any) -> Any:
     recorder.stack.append(name)
     if not marks:
         return None
@@ -288,13 +317,13 @@ def _enter(recorder: _Recorder, name: str, marks: bool, module: nn.Module, input
     return _on_tensors(lambda t: _Leaving.apply(t, recorder, name, state), inputs)
 
 
-def _leave(recorder: _Recorder, name: str, marks: bool, module: nn.Module, inputs: Any, output: Any) -> Any:
+def _leave(recorder: _Recorder, name: str, marks: bool, *call: Any) -> Any:
     recorder.stack.pop()
     if not marks:
         return None
     recorder.mark("leave", name)
     state = {"entered": False}
-    return _on_tensors(lambda t: _Entering.apply(t, recorder, name, state), output)
+    return _on_tensors(lambda t: _Entering.apply(t, recorder, name, state), call[-1])
 
 
 def _on_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
@@ -357,7 +386,7 @@ def _labels(recorder: _Recorder) -> Iterator[str]:
     died_forward = {e.block for e in recorder.events[:began] if isinstance(e, Died)}
     for block, birth in sorted(births.items()):
         if block in recorder.inputs:
-            yield "inputs"
+            yield INPUTS
         elif block in recorder.gradients:
             yield "gradients"
         elif birth.backward:

@@ -19,6 +19,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from everest_ds.config.ds_config import zero_stage
 from everest_ds.config.errors import one_line_errors
 from everest_ds.config.load import build
 from everest_ds.config.logs import set_up_logging
@@ -29,8 +30,10 @@ from everest_ds.models.patches import CHANNELS
 from everest_ds.training import ranks
 from everest_ds.training.engine import build_pretraining_model, initialise, resolve
 
-# ZeRO-3 records the order of modules in its first two steps; Adam makes its states in the first.
-_WARM_UP_STEPS = 3
+# Steps before a step is like the ones to come: Adam makes its states in the first; ZeRO-3 records the order of modules
+# in its first two.
+_WARM_UP_STEPS = 2
+_WARM_UP_STEPS_ZERO3 = 3
 _FORWARD_AND_BACKWARD = 3  # the backward pass takes two products for each of the forward's
 _MATMUL_SIDE = 1024
 
@@ -60,6 +63,8 @@ class Measured:
 
 def measure(recipe: Recipe, raw_ds_config: dict[str, Any], *, steps: int = 3, snapshot: Path | None = None) -> Measured:
     """Build an engine, run steps, and measure this rank; the group must have been joined (``ranks.start``)."""
+    # A process may measure several engines, and DeepSpeed leaves parts of an earlier one behind.
+    leftover = meters.states_bytes(ranks.device())
     resident = meters.ResidentMeter()
     model = build_pretraining_model(recipe)
     ds, batches = resolve(raw_ds_config, recipe, model)
@@ -69,15 +74,20 @@ def measure(recipe: Recipe, raw_ds_config: dict[str, Any], *, steps: int = 3, sn
     del model
 
     def step() -> None:
+        losses = []  # as training/loop.py holds them
         for _ in range(batches.accumulation):
-            engine.backward(engine(clips, noise).loss)
+            loss = engine(clips, noise).loss
+            engine.backward(loss)
+            losses.append(loss.detach())
             engine.step()
 
-    for _ in range(_WARM_UP_STEPS):
+    for _ in range(_WARM_UP_STEPS_ZERO3 if zero_stage(ds) == 3 else _WARM_UP_STEPS):
         step()
+    meters.return_free_memory()
+    resident.forget_peak()
     seconds = [_timed(step) for _ in range(steps)]
     rss_growth = resident.growth_bytes()
-    held = meters.states_bytes(device) - _bytes(clips) - _bytes(noise)
+    held = meters.states_bytes(device) - _bytes(clips) - _bytes(noise) - leftover
     with meters.allocator_snapshot(device, snapshot):
         peak, device_memory = _peak(step, device)
     step_s = statistics.median(seconds)
@@ -86,7 +96,7 @@ def measure(recipe: Recipe, raw_ds_config: dict[str, Any], *, steps: int = 3, sn
     engine.destroy()
     return Measured(
         rank=ranks.rank(),
-        measured_peak_bytes=peak,
+        measured_peak_bytes=peak - leftover,
         measured_by="tensor storages" if device.type == "cpu" else "device allocator",
         states_bytes=held,
         rss_growth_bytes=rss_growth,
@@ -143,12 +153,19 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.untyped_storage().nbytes()
 
 
+def _load_libraries(job: dict[str, Any]) -> None:
+    """Run a tiny model once, so that kernels and libraries loaded on first use don't count as a job's memory."""
+    tiny = build(Recipe, {"model": {"size": "vit_micro", "image_size": 32}, "train": {"micro_batch": 1}})
+    measure(tiny, job["ds_config"], steps=1)
+
+
 def main(jobs_file: str, out: str) -> None:
     """Measure every job of a JSON file in this process, one after another; write ``OUT/rank-N.json``."""
     set_up_logging()
     jobs = json.loads(Path(jobs_file).read_text(encoding="utf-8"))
     with one_line_errors("memprof"):
         ranks.start()
+        _load_libraries(jobs[0])
         results = []
         for number, job in enumerate(jobs):
             if ranks.is_main():
@@ -156,7 +173,6 @@ def main(jobs_file: str, out: str) -> None:
             results.append(asdict(measure(build(Recipe, job["recipe"]), job["ds_config"], steps=job["steps"])))
             gc.collect()
         Path(out, f"rank-{ranks.rank()}.json").write_text(json.dumps(results), encoding="utf-8")
-        ranks.stop()
 
 
 if __name__ == "__main__":

@@ -61,6 +61,8 @@ class Plan:
         """Resolve a recipe and a DeepSpeed JSON; raises UserError as :func:`pretrain` does."""
         if recipe.data.train is None:
             raise UserError("data.train: no training manifest; give data.train=/path/to/train.csv")
+        if recipe.optim.layer_decay != 1:
+            raise UserError("optim.layer_decay: layer-wise decay is for fine-tuning; pre-training wants 1.0")
         source = checkpoint.find_resume(recipe)
         entries = read_manifest(recipe.data.train, recipe.data.root, key="data.train")
         model = build_pretraining_model(recipe)

@@ -31,6 +31,7 @@ def assert_one_line(done, told: str) -> None:
         ([], "data.train: no training manifest"),
         (["--recipe", "run/recipes/nothing.yaml"], "run/recipes/nothing.yaml: No such file"),
         (["model.keep_ration=0.3"], "did you mean 'model.keep_ratio'"),
+        (["data.train=x.csv", "optim.layer_decay=0.75"], "optim.layer_decay"),
         (["model.frames=many"], "model.frames: expected a whole number"),
         (["model.keep_ratio=0.05"], "must be above model.visible_ratio"),
         (["model.image_size=50"], "50 is not divisible by model.patch"),

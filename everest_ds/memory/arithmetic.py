@@ -1,0 +1,61 @@
+"""Arithmetic of a training step per clip: forward, backward, and what checkpointing computes again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from everest_ds.config.schema import ModelConfig
+from everest_ds.models import MaskedAutoencoder
+from everest_ds.models.backbone import Trunk
+from everest_ds.models.flops import forward_macs
+
+# A matrix product's backward pass is two products of its size: one for each of its operands' gradients.
+_BACKWARD = 2
+FLOPS_PER_MAC = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMacs:
+    """Multiply-accumulates of one clip's training step; ``recomputed``: checkpointed blocks' second forward pass."""
+
+    forward: int
+    recomputed: int
+
+    @property
+    def total(self) -> int:
+        """Forward, backward and recomputation."""
+        return (1 + _BACKWARD) * self.forward + self.recomputed
+
+    @property
+    def relative(self) -> float:
+        """Arithmetic compared with the same step without checkpointing (1.0 to 1.33)."""
+        return self.total / ((1 + _BACKWARD) * self.forward)
+
+
+@lru_cache(maxsize=64)
+def step_macs(config: ModelConfig) -> StepMacs:
+    """Count one clip's pre-training step on the model itself.
+
+    Recomputed are whole blocks, as ``model.checkpointing`` says: those of the encoder, of the decoder, or both.
+    """
+    forward = forward_macs(MaskedAutoencoder, config)
+    with FakeTensorMode():
+        model = MaskedAutoencoder(config)
+        trunks = {
+            "encoder": (model.encoder.blocks, config.row.width, model.budget.visible),
+            "decoder": (model.decoder.blocks, config.decoder_width or 0, model.budget.kept),
+        }
+        again = {"none": (), "full": tuple(trunks)}.get(config.checkpointing, (config.checkpointing,))
+        return StepMacs(forward=forward, recomputed=sum(_trunk_macs(*trunks[name]) for name in again))
+
+
+def _trunk_macs(trunk: Trunk, width: int, tokens: int) -> int:
+    """Multiply-accumulates of one clip through a stack of blocks."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        trunk.run(torch.zeros(1, tokens, width))
+    return counter.get_total_flops() // FLOPS_PER_MAC

@@ -1,0 +1,144 @@
+"""The largest micro-batch that fits, per DeepSpeed configuration and checkpointing mode, and which is fastest."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from everest_ds.config.batches import ACCUMULATION, AUTO, GLOBAL, MICRO
+from everest_ds.config.errors import UserError
+from everest_ds.config.schema import Recipe
+from everest_ds.memory.arithmetic import FLOPS_PER_MAC, StepMacs, step_macs
+from everest_ds.memory.compare import CHECKPOINTING, check_known, plan_any_batch
+from everest_ds.memory.gpus import Capacity
+from everest_ds.memory.plan import Plan
+from everest_ds.models.backbone import use_fused_attention
+
+# Elements that a rank sends per parameter and step, relative to plain data parallelism: reduce-scatter and all-gather
+# of ZeRO-1 and 2 cost what an all-reduce costs, ZeRO-3 gathers once more (Rajbhandari et al. 2020, section 7).
+_TRAFFIC = {0: 1.0, 1: 1.0, 2: 1.0, 3: 1.5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitRow:
+    """One DeepSpeed configuration and checkpointing mode; bytes are one rank's, at ``max_micro_batch``.
+
+    ``max_micro_batch`` is 0 where not even one clip fits; the bytes are then those of one clip. ``offload`` is none,
+    optimizer or optimizer+param. ``upper_bound_clips_per_s`` is per GPU, from the data sheet's peak rate and the
+    step's matrix products alone: no run reaches it. None without a named GPU, or where it lacks the precision.
+    """
+
+    model: str
+    method: str
+    ds_config: str
+    zero: int
+    offload: str
+    checkpointing: str
+    attention: str
+    precision: str
+    max_micro_batch: int
+    max_global_batch: int
+    predicted_peak_bytes: int
+    host_bytes: int
+    forward_macs: int
+    recomputed_macs: int
+    step_macs: int
+    arithmetic: float
+    upper_bound_clips_per_s: float | None
+    plan: Plan = field(repr=False, compare=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """The row's fields, without the plan behind it."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "plan"}
+
+
+def fit(
+    recipe: Recipe,
+    ds_configs: Mapping[str, Mapping[str, Any]],
+    *,
+    ranks: int,
+    capacity: Capacity,
+    checkpointing: Iterable[str] = CHECKPOINTING,
+    accumulation: int = 1,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[FitRow]:
+    """Find the largest micro-batch of every combination.
+
+    Args:
+        recipe: the model; its batch numbers and checkpointing mode are left out.
+        ds_configs: name to DeepSpeed JSON as loaded.
+        ranks: of the run.
+        capacity: a device's memory.
+        checkpointing: which modes.
+        accumulation: passes per optimizer step.
+        progress: hears what is being planned.
+    """
+    modes = tuple(checkpointing)
+    check_known("checkpointing", modes, CHECKPOINTING)
+    for name, number in (("world size", ranks), ("accumulation", accumulation)):
+        if number < 1:
+            raise UserError(f"{name}: must be positive, got {number}")
+    rows = []
+    for mode in modes:
+        model = dataclasses.replace(recipe.model, checkpointing=mode)  # type: ignore[arg-type]
+        changed = dataclasses.replace(recipe, model=model)
+        macs = step_macs(changed.model)
+        for name, ds_config in ds_configs.items():
+            progress(f"{changed.model.method} {changed.model.size}, {name}, checkpointing {mode}")
+            planned = plan_any_batch(changed, ds_config, ranks=ranks, accumulation=accumulation)
+            rows.append(_row(planned, name, capacity, macs))
+    return rows
+
+
+def fastest(rows: Iterable[FitRow], *, least_micro_batch: int = 1) -> FitRow | None:
+    """The row with the least arithmetic per clip among those that fit ``least_micro_batch``; None if none does.
+
+    Between equals: no offload before offload (the host's memory and its CPU Adam are slower), then less
+    communication, then the larger micro-batch.
+    """
+    able = [row for row in rows if row.max_micro_batch >= least_micro_batch]
+    return min(able, key=_cost, default=None)
+
+
+def _cost(row: FitRow) -> tuple[float, ...]:
+    return row.step_macs, row.offload != "none", _TRAFFIC[row.zero], -row.max_micro_batch, row.zero
+
+
+def suggested_ds_config(ds_config: Mapping[str, Any], row: FitRow) -> dict[str, Any]:
+    """The DeepSpeed JSON of a row with its largest micro-batch filled in; the other batch numbers stay "auto"."""
+    batch = {GLOBAL: AUTO, MICRO: row.max_micro_batch, ACCUMULATION: AUTO}
+    return batch | {key: value for key, value in copy.deepcopy(dict(ds_config)).items() if key not in batch}
+
+
+def _row(planned: Plan, name: str, capacity: Capacity, macs: StepMacs) -> FitRow:
+    model, setting = planned.recipe.model, planned.setting
+    largest = planned.largest_micro_batch(capacity.size_bytes)
+    rate = capacity.gpu.rates.get(setting.precision) if capacity.gpu else None
+    return FitRow(
+        model=model.size,
+        method=model.method,
+        ds_config=name,
+        zero=setting.stage,
+        offload=_offload(planned),
+        checkpointing=model.checkpointing,
+        attention="fused" if use_fused_attention(model.attention, tokens=0, device_type="cuda") else "eager",
+        precision=setting.precision,
+        max_micro_batch=largest,
+        max_global_batch=largest * setting.accumulation * setting.ranks,
+        predicted_peak_bytes=planned.peak(max(largest, 1)),
+        host_bytes=sum(planned.host.values()),
+        forward_macs=macs.forward,
+        recomputed_macs=macs.recomputed,
+        step_macs=macs.total,
+        arithmetic=round(macs.relative, 4),
+        upper_bound_clips_per_s=None if rate is None else round(rate / (FLOPS_PER_MAC * macs.total), 1),
+        plan=planned,
+    )
+
+
+def _offload(planned: Plan) -> str:
+    parts = {"optimizer": planned.setting.offload_optimizer, "param": planned.setting.offload_param}
+    return "+".join(part for part, offloaded in parts.items() if offloaded) or "none"

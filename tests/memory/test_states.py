@@ -1,0 +1,81 @@
+"""What is held between steps: bytes per parameter as known from measurements, and arithmetic that must hold."""
+
+import json
+
+import pytest
+
+from everest_ds.config.schema import ModelConfig
+from everest_ds.memory.setting import FlatGroup, ZeroSetting, groups_of
+from everest_ds.memory.states import states
+from everest_ds.memory.trace import Parameter, TraceSpec, trace_step
+from everest_ds.models import create_model
+from everest_ds.training.optim import parameter_groups
+
+MODEL = ModelConfig(size="vit_micro", image_size=48)
+
+
+@pytest.fixture(scope="module")
+def parameters():
+    return trace_step(TraceSpec(model=MODEL)).parameters
+
+
+def per_parameter(parameters, **setting) -> float:
+    items = states(parameters, ZeroSetting(**setting, reduce_bucket=0, persistence_threshold=0))
+    return sum(item.size_bytes for item in items) / sum(p.elements for p in parameters)
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ({"stage": 0, "precision": "bf16", "ranks": 2}, 14),  # 2 + 4 + 8
+        ({"stage": 0, "precision": "fp32", "ranks": 2}, 12),  # 4 + 8
+        ({"stage": 2, "precision": "bf16", "ranks": 2}, 8),  # 2 + (4 + 8) / 2
+        ({"stage": 2, "precision": "fp32", "ranks": 4}, 7),  # 4 + (4 + 8) / 4: DeepSpeed copies fp32 parameters too
+        ({"stage": 3, "precision": "bf16", "ranks": 2}, 8),  # (2 + 4 + 8 + 2) / 2
+        ({"stage": 3, "precision": "fp32", "ranks": 8}, 2.5),  # (4 + 4 + 8 + 4) / 8
+    ],
+)
+def test_bytes_per_parameter(parameters, setting, expected):
+    assert per_parameter(parameters, **setting) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_offload_moves_states_to_the_host(parameters, stage):
+    setting = ZeroSetting(
+        stage=stage, precision="bf16", ranks=2, offload_optimizer=True, offload_param=stage == 3, reduce_bucket=0
+    )
+    items = states(parameters, setting)
+    host = {item.name for item in items if item.host}
+    assert {"Adam moments", "fp32 master parameters", "fp32 gradients"} <= host
+    on_device = sum(item.size_bytes for item in items if not item.host and item.name == "parameters")
+    assert (on_device == 0) == (stage == 3)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_item_states_formula_and_source(parameters, stage):
+    for item in states(parameters, ZeroSetting(stage=stage, precision="bf16", ranks=2, offload_optimizer=stage > 0)):
+        assert item.formula
+        assert "/" in item.source or item.source.startswith("everest_ds")
+
+
+def test_groups_are_the_optimizers(parameters):
+    model = create_model("vit_micro", image_size=48)
+    names = {id(p): name for name, p in model.named_parameters()}
+    ours = [[p.name for p in group] for group in groups_of(parameters)]
+    theirs = [[names[id(p)] for p in group["params"]] for group in parameter_groups(model, 0.05)]
+    assert ours == theirs
+
+
+def test_partitions_are_padded_and_pieces_fill_them():
+    group = FlatGroup(tuple(Parameter(f"p{i}", n, 0, "") for i, n in enumerate((5, 7, 1))), ranks=2)
+    assert (group.elements, group.padded, group.partition) == (13, 16, 8)
+    pieces = group.pieces()
+    assert [(p.rank, p.elements) for p in pieces["p1"]] == [(0, 3), (1, 4)]
+    assert sum(p.elements for ps in pieces.values() for p in ps) == 13
+
+
+def test_settings_are_read_from_a_deepspeed_json():
+    ds = json.loads('{"bf16": {"enabled": true}, "zero_optimization": {"stage": 3, "reduce_bucket_size": 7}}')
+    setting = ZeroSetting.read(ds, ranks=4, on_cpu=False)
+    assert (setting.stage, setting.precision, setting.reduce_bucket, setting.overlap_comm) == (3, "bf16", 7, True)
+    assert ZeroSetting.read({"zero_optimization": {"stage": 2}}, ranks=1, on_cpu=True).overlap_comm is False

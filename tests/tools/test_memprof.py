@@ -1,0 +1,121 @@
+"""The memprof command: what it prints, how it ends on mistakes, and that what it predicts is what happens."""
+
+import itertools
+import json
+import statistics
+import sys
+
+import pytest
+from launching import DS_CONFIGS, ROOT, run
+
+sys.path.insert(0, str(ROOT))
+
+from everest_ds.config.load import load_recipe
+from tools.memprof import matrix
+from tools.memprof.__main__ import main
+
+MIB = 2**20
+MICRO = ["model.size=vit_micro", "model.image_size=48"]
+
+
+def memprof(*arguments: str, **options):
+    return run("tools/memprof", *arguments, **options)
+
+
+def test_plan_prints_one_json_object():
+    done = memprof("plan", "--model", "vit_micro", "--micro-batch", "4", "--world-size", "8", "--json", "--ds_config",
+                   DS_CONFIGS / "zero3_offload.json", "model.image_size=48")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert {"predicted_peak_bytes", "device", "host", "config"} <= result.keys()
+    assert sum(result["device"].values()) == result["predicted_peak_bytes"] > 0
+    assert result["host"]["Adam moments"] > 0
+    assert result["config"]["batches"]["total"] == 32
+
+
+def test_plan_prints_a_table_with_sources():
+    done = memprof("plan", "--model", "vit_micro", "--micro-batch", "4", "--sources", "model.image_size=48")
+    assert done.returncode == 0, done.stderr
+    assert "saved activations: encoder blocks" in done.stdout
+    assert "formula" in done.stdout
+    assert "p x 8" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "--model", "vit_gaint", "--micro-batch", "4"], "did you mean 'vit_giant'?"),
+        (["plan", "--micro-batch", "-4"], "train.micro_batch: must be positive, got -4"),
+        (["plan", "--global-batch", "30", "--world-size", "8"], "global batch 30 is not"),
+        (["plan", "--micro-batch", "4", "--world-size", "0"], "world size: must be positive"),
+        (["plan", "--micro-batch", "4", "--ds_config", "pyproject.toml"], "not a JSON file"),
+        (["plan", "--micro-batch", "4", "--ds_config", "nowhere.json"], "No such file"),
+        (["plan"], "give --micro-batch or --global-batch"),
+        (["measure", "--micro-batch", "4", "--ranks", "0"], "--ranks: must be positive"),
+    ],
+)
+def test_mistakes_end_with_one_line_and_code_2(arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    said = capsys.readouterr()
+    assert ended.value.code == 2
+    assert said.out == ""
+    assert said.err.startswith("memprof: error: ")
+    assert said.err.count("\n") == 1
+    assert message in said.err
+
+
+def test_a_mistake_in_a_process_of_its_own():
+    done = memprof("plan", "--model", "vit_huge", "--micro-batch", "0")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "memprof: error: train.micro_batch: must be positive, got 0\n"
+
+
+def cell(ds_name: str, precision: str, batch: int, *overrides: str) -> matrix.Cell:
+    return matrix.Cell(load_recipe(None, [*MICRO, *overrides, f"train.micro_batch={batch}"]), ds_name, precision)
+
+
+def check(rows: list[matrix.Row]) -> None:
+    """What every measured configuration must show (issue: memprof, "It must show")."""
+    for row in rows:
+        states = abs(row.states_predicted - row.states_measured)
+        assert states <= min(0.01 * row.states_measured, MIB), row.cell.name
+        assert abs(row.error) < 0.05, row.cell.name
+    assert statistics.median(abs(row.error) for row in rows) < 0.02
+
+
+def test_prediction_is_what_two_ranks_hold():
+    """One launch: every stage and both offloads, in small batches, where DeepSpeed's own buffers make the peak."""
+    names = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+    cells = [cell(name, "bf16", 2) for name in names]
+    cells += [cell(name, "fp16", 1, "model.checkpointing=full") for name in ("zero2", "zero3")]
+    cells += [cell("zero2", "fp32", 2, "model.method=videomae", "train.global_batch=8")]  # accumulation
+    check(matrix.measure_cells(cells, ranks=2, trim=False))
+
+
+@pytest.mark.slow
+def test_states_in_every_precision():
+    names = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+    cells = [cell(name, precision, 2) for name, precision in itertools.product(names, ("fp32", "bf16", "fp16"))]
+    check(matrix.measure_cells(cells, ranks=2))
+
+
+@pytest.mark.slow
+def test_the_whole_matrix():
+    rows = matrix.measure_cells(list(matrix.cells()), ranks=2)
+    check(rows)
+    assert max(abs(row.rss_error) for row in rows) < 0.10
+
+
+@pytest.mark.slow
+def test_measure_prints_one_json_object():
+    done = memprof("measure", "--model", "vit_micro", "--micro-batch", "4", "--ranks", "2", "--json", "--ds_config",
+                   DS_CONFIGS / "zero2.json", "model.image_size=48")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    for field in ("rss_growth_bytes", "step_s", "clips_per_s", "flops_per_s", "matmul_flops_per_s"):
+        assert result[field] > 0
+    assert result["measured_by"] == "tensor storages"
+    assert result["residual_bytes"] == result["measured_peak_bytes"] - result["compared_bytes"]
+    assert abs(result["residual_bytes"]) < 0.02 * result["measured_peak_bytes"]

@@ -1,0 +1,75 @@
+"""What the subcommands share: flags that make a recipe, and tables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from everest_ds.config.ds_config import load_ds_config
+from everest_ds.config.errors import UserError
+from everest_ds.config.load import load_recipe
+from everest_ds.config.schema import Recipe
+
+GIB = 2**30
+_MIB = 2**20
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what would be trained, and how."""
+    parser.add_argument("--model", default="vit_small", help="size, such as vit_base")
+    parser.add_argument("--method", default="everest", help="everest or videomae")
+    parser.add_argument("--micro-batch", type=int, help="clips per rank per pass")
+    parser.add_argument("--global-batch", type=int, help="clips per optimizer step over all ranks")
+    parser.add_argument("--ds_config", default="ds_configs/zero2.json", help="DeepSpeed JSON")
+    parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], help="instead of the DeepSpeed JSON's")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, nothing else")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, such as model.attention=eager")
+
+
+def recipe_from(arguments: argparse.Namespace) -> Recipe:
+    """Build the recipe that the flags describe.
+
+    Raises:
+        UserError: an unknown model or a value that can't be.
+    """
+    overrides = [f"model.size={arguments.model}", f"model.method={arguments.method}"]
+    for key in ("micro_batch", "global_batch"):
+        value = getattr(arguments, key)
+        if value is not None:
+            overrides.append(f"train.{key}={value}")
+    recipe = load_recipe(None, [*overrides, *arguments.overrides])
+    if recipe.train.micro_batch is None and recipe.train.global_batch is None:
+        raise UserError("give --micro-batch or --global-batch (clips)")
+    return recipe
+
+
+def ds_config_from(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Load the DeepSpeed JSON, with ``--precision`` put in."""
+    ds_config = load_ds_config(arguments.ds_config)
+    return with_precision(ds_config, arguments.precision) if arguments.precision else ds_config
+
+
+def with_precision(ds_config: dict[str, Any], precision: str) -> dict[str, Any]:
+    """Return a DeepSpeed JSON that trains in another precision."""
+    others = {key: value for key, value in ds_config.items() if key not in ("bf16", "fp16")}
+    return others if precision == "fp32" else others | {precision: {"enabled": True}}
+
+
+def print_json(value: Any) -> None:
+    """Write a result to stdout, alone."""
+    print(json.dumps(value, indent=2))
+
+
+def show(table: Table) -> None:
+    """Write a table to stdout."""
+    Console(file=sys.stdout).print(table)
+
+
+def size(size_bytes: float) -> str:
+    """Bytes as people read them, in binary units."""
+    return f"{size_bytes / GIB:.2f} GiB" if abs(size_bytes) >= GIB else f"{size_bytes / _MIB:.1f} MiB"

@@ -1,0 +1,111 @@
+"""``memprof measure``: really run steps; predicted beside measured beside residual, always."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from everest_ds.config.errors import UserError
+from everest_ds.config.load import to_tree
+from everest_ds.config.schema import Recipe
+from tools.memprof import common
+from tools.memprof.launch import launch
+
+if TYPE_CHECKING:
+    from everest_ds.memory.plan import Plan
+
+_GIGA = 1e9
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this subcommand's flags."""
+    common.add_run_arguments(parser)
+    parser.add_argument("--ranks", type=int, default=1, help="processes on this machine")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps")
+    parser.add_argument("--matrix", type=Path, metavar="FILE", help="run the accuracy matrix; write it as Markdown")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and print."""
+    for name in ("ranks", "steps"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name}: must be positive, got {getattr(arguments, name)}")
+    if arguments.matrix is not None:
+        from tools.memprof import matrix  # noqa: PLC0415 - torch, as below
+
+        return matrix.run(arguments.matrix, ranks=arguments.ranks)
+    recipe, ds_config = common.recipe_from(arguments), common.ds_config_from(arguments)
+    # torch takes seconds to import: after the checks that don't need it.
+    from everest_ds.memory.plan import device_type_here, plan  # noqa: PLC0415
+
+    planned = plan(recipe, ds_config, ranks=arguments.ranks, device_type=device_type_here())
+    per_rank = launch([job(recipe, ds_config, steps=arguments.steps)], ranks=arguments.ranks)[0]
+    result = compare(planned, per_rank)
+    if arguments.json:
+        common.print_json(result)
+    else:
+        common.show(comparison_table(result))
+    return 0
+
+
+def job(recipe: Recipe, ds_config: dict[str, Any], *, steps: int, name: str = "") -> dict[str, Any]:
+    """What the ranks are sent."""
+    tree = {section: to_tree(getattr(recipe, section)) for section in ("model", "data", "optim", "train")}
+    label = name or f"{recipe.model.method} {recipe.model.size}"
+    return {"name": label, "recipe": tree, "ds_config": ds_config, "steps": steps}
+
+
+def compare(planned: Plan, per_rank: list[dict[str, Any]]) -> dict[str, Any]:
+    """Put the prediction beside the rank that needed most. On a CPU device and host are one memory."""
+    measured = max(per_rank, key=lambda m: m["measured_peak_bytes"])
+    on_cpu = planned.device_type == "cpu"
+    # The allocator knows nothing of the context and of NCCL: tensors are compared with tensors.
+    outside = sum(planned.overheads.items(planned.setting.ranks).values()) - planned.overheads.libraries_bytes
+    comparable = planned.process_peak_bytes if on_cpu else planned.predicted_peak_bytes - outside
+    return {
+        "predicted_peak_bytes": planned.predicted_peak_bytes,
+        "device": planned.device,
+        "host": planned.host,
+        "config": planned.describe(),
+        "measured_peak_bytes": measured["measured_peak_bytes"],
+        "measured_by": measured["measured_by"],
+        "compared_bytes": comparable,
+        "residual_bytes": measured["measured_peak_bytes"] - comparable,
+        "rss_growth_bytes": measured["rss_growth_bytes"],
+        "predicted_states_bytes": planned.states_bytes,
+        "states_bytes": measured["states_bytes"],
+        "step_s": measured["step_s"],
+        "step_spread_s": measured["step_spread_s"],
+        "clips_per_s": sum(m["clips_per_s"] for m in per_rank),
+        "flops_per_s": measured["flops_per_s"],
+        "matmul_flops_per_s": measured["matmul_flops_per_s"],
+        "flops_convention": "2 per multiply-accumulate of matrix products; backward = 2 x forward; per rank",
+        "per_rank": per_rank,
+    }
+
+
+def comparison_table(result: dict[str, Any]) -> Table:
+    """Predicted, measured, residual; then speed."""
+    table = Table(title=f"one rank, measured by {result['measured_by']}")
+    for column in ("", "predicted", "measured", "residual"):
+        table.add_column(column, justify="right" if column else "left")
+    rows = (
+        ("peak of a step", result["compared_bytes"], result["measured_peak_bytes"]),
+        ("held between steps", result["predicted_states_bytes"], result["states_bytes"]),
+        ("resident set growth", result["compared_bytes"], result["rss_growth_bytes"]),
+    )
+    for name, predicted, measured in rows:
+        residual = measured - predicted
+        share = f"{common.size(residual)} ({100 * residual / max(measured, 1):+.2f} %)"
+        table.add_row(name, common.size(predicted), common.size(measured), share)
+    table.add_section()
+    peak_share = 100 * result["flops_per_s"] / result["matmul_flops_per_s"]
+    table.add_row("step", "", f"{result['step_s']:.3f} s", f"spread {result['step_spread_s']:.3f} s")
+    table.add_row("clips, all ranks", "", f"{result['clips_per_s']:.2f} /s", "")
+    table.add_row(
+        "arithmetic", "", f"{result['flops_per_s'] / _GIGA:.1f} GFLOP/s", f"{peak_share:.0f} % of a matrix product's"
+    )
+    return table

@@ -1,0 +1,80 @@
+"""``memprof plan``: what one rank needs, itemised, without running anything."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from tools.memprof import common
+
+if TYPE_CHECKING:
+    from everest_ds.memory.plan import Plan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this subcommand's flags."""
+    common.add_run_arguments(parser)
+    parser.add_argument("--world-size", type=int, default=1, help="ranks")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="what ranks compute on")
+    parser.add_argument("--sources", action="store_true", help="list every state with its formula and source")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Plan and print."""
+    recipe, ds_config = common.recipe_from(arguments), common.ds_config_from(arguments)
+    # torch takes seconds to import: after the checks that don't need it.
+    from everest_ds.memory.plan import plan  # noqa: PLC0415
+
+    planned = plan(recipe, ds_config, ranks=arguments.world_size, device_type=arguments.device)
+    if arguments.json:
+        common.print_json(as_json(planned))
+        return 0
+    common.show(items_table(planned))
+    if arguments.sources:
+        common.show(sources_table(planned))
+    return 0
+
+
+def as_json(planned: Plan) -> dict[str, object]:
+    """The fields that scripts rely on."""
+    return {
+        "predicted_peak_bytes": planned.predicted_peak_bytes,
+        "device": planned.device,
+        "host": planned.host,
+        "config": planned.describe(),
+    }
+
+
+def items_table(planned: Plan) -> Table:
+    """What the device and the host hold at the peak."""
+    model, batches, setting = planned.recipe.model, planned.batches, planned.setting
+    table = Table(
+        title=f"{model.method} {model.size}, {setting.precision}, ZeRO-{setting.stage}, micro-batch {batches.micro} x "
+        f"accumulation {batches.accumulation} x ranks {batches.ranks}: one rank"
+    )
+    table.add_column("item")
+    table.add_column("where")
+    table.add_column("bytes", justify="right")
+    table.add_column("", justify="right")
+    for where, items in (("device", planned.device), ("host", planned.host)):
+        for name, size_bytes in items.items():
+            table.add_row(name, where, f"{size_bytes:,}", common.size(size_bytes))
+    table.add_section()
+    table.add_row("peak", "device", f"{planned.predicted_peak_bytes:,}", common.size(planned.predicted_peak_bytes))
+    if planned.host:
+        total = sum(planned.host.values())
+        table.add_row("held", "host", f"{total:,}", common.size(total))
+    return table
+
+
+def sources_table(planned: Plan) -> Table:
+    """What is held between steps, with formula and source."""
+    table = Table(title="held between steps (n parameters, p this rank's partition, b bytes per element)")
+    for column in ("item", "where", "bytes", "formula", "source in DeepSpeed"):
+        table.add_column(column, justify="right" if column == "bytes" else "left", overflow="fold")
+    for item in planned.states:
+        where = "host" if item.host else "device"
+        table.add_row(item.name, where, f"{item.size_bytes:,}", item.formula, item.source)
+    return table
