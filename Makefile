@@ -1,6 +1,6 @@
 # make demo: set up, write small motion videos, pre-train on them.  make test: set up, check everything.
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 

@@ -2,19 +2,14 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
+from everest_ds.training.ranks import free_port
+
 ROOT = Path(__file__).parent.parent
 DS_CONFIGS = ROOT / "ds_configs"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run(*command: str | Path, timeout_s: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:

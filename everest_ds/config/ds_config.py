@@ -22,6 +22,8 @@ _BUCKET_ALIGNMENT = 1024  # elements; DeepSpeed wants its all-gather bucket even
 # Parameters smaller than this stay whole under ZeRO-3: norms and biases, ten times the width (Hugging Face's rule).
 _PERSISTENT_WIDTHS = 10
 _CLOSE_KEY = 0.8
+# What can be offloaded, from which ZeRO stage on.
+_OFFLOADS = {"offload_optimizer": 1, "offload_param": 3}
 
 # DeepSpeed ignores a top-level key that it doesn't know, so a typing mistake would train something else unnoticed.
 _TOP_LEVEL_KEYS = """
@@ -83,12 +85,12 @@ def resolve_ds_config(raw: dict[str, Any], recipe: Recipe, facts: Facts) -> tupl
     if "scheduler" in ds:
         raise UserError("ds_config scheduler: the schedule is the recipe's (optim.*); remove it from the JSON")
     _fill_precision(ds, facts)
-    _fill(ds.get("optimizer", {}).get("params", {}), "optimizer.params", _optimizer_rules(recipe.optim, batches))
-    _fill(ds.get("zero_optimization", {}), "zero_optimization", _zero_rules(facts))
-    for name in ("offload_optimizer", "offload_param"):
-        section = ds.get("zero_optimization", {}).get(name, {})
-        _fill(section, f"zero_optimization.{name}", {"pin_memory": not facts.on_cpu})
-    _check_offload(ds)
+    _fill_optimizer(ds, recipe.optim, batches)
+    zero = _section(ds, "zero_optimization")
+    _fill(zero, _zero_rules(facts))
+    for name in _OFFLOADS:
+        _fill(_section(zero, name, "zero_optimization."), {"pin_memory": not facts.on_cpu})
+    _check_offload(zero)
     unfilled = list(_autos(ds))
     if unfilled:
         raise UserError(f"ds_config {unfilled[0]}: 'auto' can't be filled here; give a value")
@@ -143,31 +145,63 @@ def _zero_rules(facts: Facts) -> dict[str, Any]:
     }
 
 
-def _fill(section: dict[str, Any], where: str, rules: dict[str, Any]) -> None:
+def _fill_optimizer(ds: dict[str, Any], optim: OptimConfig, batches: Batches) -> None:
+    """Fill the optimizer's numbers; a number that isn't the recipe's would be a second way to say the same."""
+    optimizer = _section(ds, "optimizer")
+    params = _section(optimizer, "params", "optimizer.")
+    rules = _optimizer_rules(optim, batches)
+    _fill(params, rules)
+    for key, value in rules.items():
+        if params.get(key, value) != value:
+            raise UserError(
+                f"ds_config optimizer.params.{key} = {params[key]} contradicts {value} of the recipe (optim.*); "
+                "use 'auto'"
+            )
+
+
+def _section(parent: dict[str, Any], name: str, prefix: str = "") -> dict[str, Any]:
+    """Return a section of the JSON; an empty one, not attached, where it is absent or null."""
+    section = parent.get(name)
+    if section is None:
+        parent.pop(name, None)
+        return {}
     if not isinstance(section, dict):
-        raise UserError(f"ds_config {where}: expected an object, got {section!r}")
+        raise UserError(f"ds_config {prefix}{name}: expected an object, got {section!r}")
+    return section
+
+
+def _fill(section: dict[str, Any], rules: dict[str, Any]) -> None:
     for key, value in rules.items():
         if section.get(key) == AUTO:
             section[key] = value
 
 
 def _fill_precision(ds: dict[str, Any], facts: Facts) -> None:
+    """Resolve bf16 and fp16. "auto" yields to the other one when that is on; if both are "auto", bf16 comes first."""
+    if "bfloat16" in ds:
+        raise UserError("ds_config bfloat16: DeepSpeed calls it bf16 now; rename the section")
     supported = {"bf16": facts.bf16_supported, "fp16": facts.fp16_supported}
+    sections = {name: _section(ds, name) for name in supported}
+    asked = {name for name, section in sections.items() if section.get("enabled") is True}
     for name, able in supported.items():
-        _fill(ds.get(name, {}), name, {"enabled": able and not facts.on_cpu})
-    enabled = [name for name in supported if ds.get(name, {}).get("enabled", False)]
-    if len(enabled) > 1:
+        if sections[name].get("enabled") == AUTO:
+            sections[name]["enabled"] = able and not facts.on_cpu and not asked - {name}
+            asked |= {name} if sections[name]["enabled"] else set()
+    if len(asked) > 1:
         raise UserError("ds_config: bf16 and fp16 are both enabled; choose one")
-    for name in enabled:
+    for name in asked:
         if not supported[name]:
-            raise UserError(f"ds_config {name}: this accelerator does not support it; use bf16 or fp32")
+            raise UserError(f"ds_config {name}: this accelerator does not support it; use another precision")
+    if sections["fp16"].get("auto_cast"):
+        raise UserError("ds_config fp16.auto_cast: would round the noise that selects tokens; remove it")
 
 
-def _check_offload(ds: dict[str, Any]) -> None:
-    zero = ds.get("zero_optimization", {})
-    for name, least in (("offload_optimizer", 1), ("offload_param", 3)):
-        device = (zero.get(name) or {}).get("device", "none")
-        if device != "none" and zero_stage(ds) < least:
+def _check_offload(zero: dict[str, Any]) -> None:
+    stage = zero.get("stage", 0)
+    if not isinstance(stage, int) and stage != AUTO:
+        raise UserError(f"ds_config zero_optimization.stage: expected 0, 1, 2 or 3, got {stage!r}")
+    for name, least in _OFFLOADS.items():
+        if zero.get(name, {}).get("device", "none") != "none" and stage != AUTO and stage < least:
             raise UserError(f"ds_config zero_optimization.{name}: needs ZeRO stage {least} or higher")
 
 

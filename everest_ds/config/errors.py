@@ -29,13 +29,13 @@ def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.5) -> str:
 def one_line_errors(program: str) -> Iterator[None]:
     """Turn a :class:`UserError` into one line on stderr and exit code 2, without a trace.
 
-    Under a launcher every rank meets the same mistake; rank 0 alone reports it.
+    Under a launcher every rank of a node meets the same mistake; the node's first rank alone reports it.
     """
     try:
         yield
     except UserError as error:
         rank = os.environ.get("RANK", "0")
-        if rank == "0" or isinstance(error, RankError):
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankError):
             message = " ".join(str(error).split())
             where = f"[rank {rank}] " if rank != "0" else ""
             print(f"{program}: error: {where}{message}", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,9 +42,10 @@ def build(kind: type, tree: Mapping[str, Any], prefix: str = "") -> Any:
     values = {}
     for key, value in tree.items():
         if dataclasses.is_dataclass(hints[key]):
-            if not isinstance(value, Mapping):
+            # A group whose lines are all comments reads as null.
+            if not isinstance(value, Mapping | None):
                 raise UserError(f"{prefix}{key}: expected a group of settings, got {value!r}")
-            values[key] = build(typing.cast(type, hints[key]), value, f"{prefix}{key}.")
+            values[key] = build(typing.cast(type, hints[key]), value or {}, f"{prefix}{key}.")
         else:
             values[key] = _coerce(value, hints[key], prefix + key)
     return kind(**values)
@@ -57,16 +59,6 @@ def dump(config: Any) -> str:
 def to_tree(config: Any) -> dict[str, Any]:
     """Return a settings dataclass as nested plain dicts and lists."""
     return {key: list(v) if isinstance(v, tuple) else v for key, v in _items(config)}
-
-
-def all_keys(kind: type = Recipe, prefix: str = "") -> Iterator[str]:
-    """Yield every dotted key, in order."""
-    hints = typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from all_keys(typing.cast(type, hints[field.name]), f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name
 
 
 def describe_keys(kind: type = Recipe, prefix: str = "") -> Iterator[str]:
@@ -111,7 +103,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"override '{override}': the value is not YAML") from error
     *groups, last = key.split(".")
     for group in groups:
-        inner = tree.setdefault(group, {})
+        inner = tree[group] = {} if tree.get(group) is None else tree[group]
         if not isinstance(inner, dict):
             raise UserError(f"override '{override}': '{group}' is a value, not a group of settings")
         tree = inner
@@ -149,6 +141,8 @@ def _scalar(value: Any, kind: type, key: str) -> Any:
         value = "off"
     if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key}: expected a finite number, got {value!r}")
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         raise UserError(f"{key}: expected {names[kind]}, got {value!r}")

@@ -146,7 +146,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and its schedule; the optimizer's implementation and clipping are the DeepSpeed JSON's."""
+    """AdamW and its schedule; another optimizer type, offload and clipping are the DeepSpeed JSON's to say."""
 
     base_lr: float = setting(1.5e-4, "learning rate per 256 clips of global batch", source="paper, Table 7")
     min_lr: float = setting(1e-5, "final learning rate per 256 clips of global batch", source="VideoMAE")
@@ -164,8 +164,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         for key in ("base_lr", "eps", "layer_decay"):
             _check(getattr(self, key) > 0, f"optim.{key}", f"must be positive, got {getattr(self, key)}")
-        for key in ("min_lr", "warmup_lr", "warmup_epochs", "weight_decay"):
-            _check(getattr(self, key) >= 0, f"optim.{key}", f"must not be negative, got {getattr(self, key)}")
+        for key in ("min_lr", "warmup_lr", "warmup_epochs", "warmup_steps", "weight_decay"):
+            _check((getattr(self, key) or 0) >= 0, f"optim.{key}", f"must not be negative, got {getattr(self, key)}")
         _check(all(0 <= b < 1 for b in self.betas), "optim.betas", f"must be in [0, 1), got {self.betas}")
         _check(self.layer_decay <= 1, "optim.layer_decay", f"must be at most 1, got {self.layer_decay}")
 

@@ -2,7 +2,7 @@
 
 A file is opened, asked for all the frames that are needed at once, and closed. Readers are never kept: one held across
 a fork aborts the worker, and long-lived ones grow. Nothing falls back to another library: frames are right or the
-file is reported (see ``tools/prepare_videos.py scan`` for files that decord reads wrong without noticing).
+file is reported. (decord reads some encodings wrong without noticing, open-GOP H.264 among them; torchcodec doesn't.)
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -219,7 +219,7 @@ class BadCounts(NamedTuple):
 
 
 class BadSamples:
-    """Counts unreadable videos over a run, logs each once, and says when there are too many.
+    """Counts unreadable videos over a run, names each once, and says when there are too many.
 
     The rule: a lost sample ends the run at once, since there is nothing to train on in its place. Otherwise the share
     of bad among tried videos counts, from the run's start, once :data:`JUDGED_FROM` videos were tried.
@@ -236,6 +236,7 @@ class BadSamples:
     ) -> None:
         self._max_share, self._views, self._lost_ends, self._key = max_share, clips_per_video, lost_ends, key
         self._reasons: dict[str, str] = {}
+        self._named: set[str] = set()
         self.counts = BadCounts(0, 0, 0)
 
     @property
@@ -244,14 +245,20 @@ class BadSamples:
         return dict(self._reasons)
 
     def add(self, batch: Batch) -> None:
-        """Count a batch, and log the bad paths that are new."""
+        """Count a batch, and remember its bad paths."""
         read = len(batch.index) // self._views - batch.lost
         tried, bad, lost = self.counts
         self.counts = BadCounts(tried + read + len(batch.bad), bad + len(batch.bad), lost + batch.lost)
         for path, reason in batch.bad:
-            if path not in self._reasons:
-                self._reasons[path] = reason
+            self._reasons.setdefault(path, reason)
+
+    def name(self, elsewhere: Mapping[str, str] | None = None) -> None:
+        """Log the bad paths that were not logged before, those that other ranks met among them."""
+        self._reasons = {**(elsewhere or {}), **self._reasons}
+        for path, reason in self._reasons.items():
+            if path not in self._named:
                 _log.warning("unreadable video %s: %s", path, reason)
+        self._named.update(self._reasons)
 
     def check(self, counts: BadCounts | None = None) -> None:
         """Raise if too many videos are unreadable.

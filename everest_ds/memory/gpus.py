@@ -97,23 +97,30 @@ def parse_capacity(text: str) -> Capacity:
     Raises:
         UserError: none of these, or not positive.
     """
-    gpu = _by_plain_name().get(_plain(text))
-    if gpu is not None:
+    name = _by_plain_name().get(_plain(text))
+    if name is not None:
+        gpu = GPUS[name]
         return Capacity(size_bytes=gpu.memory_bytes, text=gpu.name, gpu=gpu)
     match = _SIZE.fullmatch(text)
     unit = _UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None:
-        hint = nearest(text.upper(), GPUS) or f": {', '.join(GPUS)}"
-        raise UserError(f"capacity: '{text}' is neither a size such as 80GiB or 80GB nor a known GPU{hint}")
+        raise UserError(f"capacity: '{text}' is neither a size such as 80GiB or 80GB nor a known GPU{_hint(text)}")
     size = float(match[1]) * unit
     if not 1 <= size < math.inf:
         raise UserError(f"capacity: must be positive, got '{text}'")
     return Capacity(size_bytes=int(size), text=text.strip())
 
 
+def _hint(text: str) -> str:
+    longer = [name for plain, name in _by_plain_name().items() if _plain(text) and plain.startswith(_plain(text))]
+    if longer:
+        return f"; did you mean {' or '.join(longer)}?"
+    return nearest(text.upper(), GPUS) or f": {', '.join(GPUS)}"
+
+
 def _plain(name: str) -> str:
     return re.sub(r"[\s_-]", "", name).upper()
 
 
-def _by_plain_name() -> dict[str, Gpu]:
-    return {_plain(name): gpu for name, gpu in GPUS.items()}
+def _by_plain_name() -> dict[str, str]:
+    return {_plain(name): name for name in GPUS}

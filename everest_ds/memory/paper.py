@@ -232,13 +232,13 @@ def _judge(cells: Cells) -> Iterator[tuple[str, bool, str]]:
     yield _claim(cells, "EVEREST fits everywhere", [key for key in cells if key[0] == "everest"], fits=True)
     off = [key for key, row in cells.items() if (row["published_gb"] is None) != (row["ours_gb"] is None)]
     found = f"{len(cells) - len(off)} of {len(cells)} cells"
-    yield "all cells of Table 3 fit or don't, as printed", not off, found + (f", not {_list(off)}" if off else "")
+    yield "all cells of Table 3 fit or don't, as printed", not off, found + (f"; not {_list(off)}" if off else "")
 
 
 def _claim(cells: Cells, claim: str, keys: list[tuple[str, str, int]], *, fits: bool) -> tuple[str, bool, str]:
     against = [key for key in keys if (cells[key]["ours_gb"] is not None) != fits]
-    verb = "don't fit" if fits else "fit"
-    return claim, not against, f"{_list(against)} {verb}" if against else f"all {len(keys)} cells"
+    found = f"{'out of memory' if fits else 'fitting'}: {_list(against)}" if against else f"all {len(keys)} cells"
+    return claim, not against, found
 
 
 def _list(keys: list[tuple[str, str, int]]) -> str:

@@ -142,6 +142,7 @@ class StepTrace:
 
 
 SAVED, INPUTS = "saved activations", "inputs"
+UNWRITTEN = "loss (allocated, never written)"
 
 
 @lru_cache(maxsize=64)
@@ -204,6 +205,7 @@ class _Recorder:
         self.closed = False
         self.inputs: set[int] = set()
         self.gradients: set[int] = set()
+        self.unwritten: set[int] = set()
 
     def born(self, block: int, size_bytes: int) -> None:
         self.events.append(Born(block, size_bytes, self.stack[-1], self.backward))
@@ -223,6 +225,7 @@ class _Watch(StorageWatch):
 
     def __init__(self, recorder: _Recorder, cuda: bool) -> None:
         super().__init__(recorder, "meta")
+        self._recorder = recorder
         self._cuda = cuda
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -235,6 +238,13 @@ class _Watch(StorageWatch):
     def least_bytes(self, func: Any, args: tuple[Any, ...]) -> int:
         """See :meth:`StorageWatch.least_bytes`."""
         return result_bytes(func, args)
+
+    def watch(self, tensor: Tensor, *, least_bytes: int = 0) -> int:
+        """See :meth:`StorageWatch.watch`; what is larger than it looks is never written."""
+        block = super().watch(tensor, least_bytes=least_bytes)
+        if least_bytes > tensor.untyped_storage().nbytes():
+            self._recorder.unwritten.add(block)
+        return block
 
 
 def _build(spec: TraceSpec) -> nn.Module:
@@ -387,6 +397,8 @@ def _labels(recorder: _Recorder) -> Iterator[str]:
     for block, birth in sorted(births.items()):
         if block in recorder.inputs:
             yield INPUTS
+        elif block in recorder.unwritten:
+            yield UNWRITTEN
         elif block in recorder.gradients:
             yield "gradients"
         elif birth.backward:

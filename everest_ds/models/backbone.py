@@ -57,6 +57,7 @@ class Trunk(nn.ModuleList):
         checkpoint: Checkpoint | None = None,
         drop_path: float = 0.0,
     ) -> None:
+        # As timm's calculate_drop_path_rates, which reads tensors and so doesn't work on fake ones.
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         super().__init__(
             Block(width, heads, mlp_ratio=mlp_ratio, qkv_bias=True, drop_path=rate, norm_layer=norm) for rate in rates

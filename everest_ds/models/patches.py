@@ -47,7 +47,9 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
 
 
 def normalise(patches: Tensor, dtype: torch.dtype) -> Tensor:
-    """Standardise uint8 pixels by the ImageNet mean and deviation of their channel.
+    """Standardise uint8 pixels by the ImageNet mean and deviation of their channel, in fp32, then cast.
+
+    (Arithmetic in bf16 would merge grey levels: 256 become 244.)
 
     Args:
         patches: (..., 3, P) uint8.
@@ -56,7 +58,7 @@ def normalise(patches: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         (..., 3 * P), ready for the embedding.
     """
-    mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=patches.device, dtype=dtype)
-    deviation = torch.tensor(IMAGENET_DEFAULT_STD, device=patches.device, dtype=dtype)
-    scaled = patches.to(dtype) * (1 / (GREY_LEVELS * deviation)).unsqueeze(-1)
-    return scaled.sub_((mean / deviation).unsqueeze(-1)).flatten(-2)
+    mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=patches.device)
+    deviation = torch.tensor(IMAGENET_DEFAULT_STD, device=patches.device)
+    scaled = patches.float().mul_((1 / (GREY_LEVELS * deviation)).unsqueeze(-1))
+    return scaled.sub_((mean / deviation).unsqueeze(-1)).flatten(-2).to(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,12 @@ from everest_ds.config.load import to_tree
 from everest_ds.config.schema import ModelConfig, Recipe
 from everest_ds.training.run_dir import RunDir
 
+log = logging.getLogger(__name__)
+
 # Settings of a model that change nothing about its weights.
 _FREE_TO_CHANGE = ("attention", "checkpointing")
+# Settings that decide which samples a step number stands for.
+_ORDER_OF_SAMPLES = (("data", "train"), ("data", "clips_per_video"), ("train", "global_batch"), ("train", "seed"))
 
 
 def find_resume(recipe: Recipe) -> RunDir | None:
@@ -30,12 +35,16 @@ def find_resume(recipe: Recipe) -> RunDir | None:
         )
     if resume == "off" or (resume == "auto" and not output.has_checkpoint()):
         return None
-    found = source.read_model()
+    found = source.read_recipe()
     if not source.has_checkpoint():
         raise UserError(f"train.resume: {source.path} holds no checkpoint to continue from")
-    difference = _first_difference(found, recipe.model)
+    difference = _first_difference(found.model, recipe.model)
     if difference:
         raise UserError(f"train.resume: {source.path} is a run of another model ({difference})")
+    for group, key in _ORDER_OF_SAMPLES:
+        old, new = getattr(getattr(found, group), key), getattr(getattr(recipe, group), key)
+        if old != new:
+            log.warning("%s.%s was %s: samples and schedule do not continue where they stopped", group, key, old)
     return source
 
 
@@ -50,7 +59,14 @@ def load(engine: Any, source: RunDir) -> int:
     Raises:
         UserError: the checkpoint can't be loaded.
     """
-    path, state = engine.load_checkpoint(str(source.checkpoints))
+    try:
+        path, state = engine.load_checkpoint(str(source.checkpoints))
+    except Exception as error:  # unpickling a damaged file, or DeepSpeed on other ranks or stages, can raise anything
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"train.resume: {source.checkpoints / 'latest'} names a checkpoint that does not load ({reason}); it was "
+            "saved under another number of ranks or ZeRO stage, or is damaged: name an earlier one in 'latest'"
+        ) from error
     if path is None:
         raise UserError(f"train.resume: no loadable checkpoint in {source.checkpoints}")
     return int(state["step"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 RECIPE = Path("run/recipes/demo.yaml")
 DS_CONFIG = Path("ds_configs/zero2.json")
 CPU_RANKS = 2
+MOST_RANKS = 16  # of the recipe's 32 clips per step, two from each video
 TRAIN_VIDEOS, VAL_VIDEOS = 1000, 200
 
 
@@ -54,8 +56,10 @@ def launch(count: int, overrides: list[str]) -> int:
 
 
 def count_ranks() -> int:
-    """One rank per device; on a machine without any, two CPU ranks."""
-    return CPU_RANKS if ranks.on_cpu() else get_accelerator().device_count()
+    """One rank per device, as many as share the demo's batch evenly; on a machine without any, two CPU ranks."""
+    if ranks.on_cpu():
+        return CPU_RANKS
+    return 2 ** int(math.log2(min(get_accelerator().device_count(), MOST_RANKS)))
 
 
 def next_free(path: Path) -> Path:

@@ -89,7 +89,12 @@ def initialise(model: nn.Module, recipe: Recipe, ds_config: dict[str, Any]) -> B
     deepspeed.checkpointing.configure(None, deepspeed_config=ds)
     optimizer, line = build_optimizer(model, recipe.optim, ds)
     parameters = None if optimizer else parameter_groups(model, recipe.optim.weight_decay)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, model_parameters=parameters, config=ds, dist_init_required=False
-    )
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, model_parameters=parameters, config=ds, dist_init_required=False
+        )
+    except (AssertionError, AttributeError, TypeError, ValueError) as error:
+        if optimizer is not None:
+            raise
+        raise UserError(f"ds_config optimizer: DeepSpeed can't build {ds['optimizer']} ({error})") from error
     return Built(engine=engine, optimizer=line)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import ChainMap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from everest_ds.config.batches import Batches
@@ -23,7 +25,7 @@ from everest_ds.training.window import Window
 EXIT_BAD_NUMBERS = 3
 EXIT_RESTART_ME = 75
 _ENDINGS = {
-    EXIT_BAD_NUMBERS: "the loss was not finite train.max_bad_steps times in a row; the last checkpoint is untouched",
+    EXIT_BAD_NUMBERS: "loss or gradients are not finite; this state was not saved, the last checkpoint is untouched",
     EXIT_RESTART_ME: "train.max_minutes are over; saved, continue with --resume auto",
 }
 
@@ -45,6 +47,12 @@ class Training:
     saved_at: int = -1
     started: float = field(default_factory=time.monotonic)
     grad_norm: Tensor | None = None
+    bad_named: int = 0
+
+    def gradient_norm(self) -> float | None:
+        """Read the last step's gradient norm; the host waits for the device."""
+        norm = self.grad_norm if self.plain_norm else self.engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
 
     @property
     def plain_norm(self) -> bool:
@@ -67,9 +75,9 @@ def train(run: Training) -> int:
                 record, code = close_window(run, window)
                 progress.report(record)
             if run.config.save_every_steps and run.step % run.config.save_every_steps == 0 and not code:
-                save(run)
-    if code != EXIT_BAD_NUMBERS:
-        save(run)
+                save(run, window)
+    if not save(run, window):
+        code = EXIT_BAD_NUMBERS
     if code and ranks.is_main():
         print(f"stopped after step {run.step}: {_ENDINGS[code]}", file=sys.stderr, flush=True)
     return code
@@ -80,7 +88,7 @@ def optimizer_step(run: Training, window: Window) -> Tensor:
     engine = run.engine
     lr = run.schedule(run.step)
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+        group["lr"] = lr
     losses = []
     for _ in range(run.batches.accumulation):
         with window.waiting_for_data():
@@ -106,18 +114,21 @@ def close_window(run: Training, window: Window) -> tuple[dict[str, Any], int]:
         UserError: too many videos can't be read.
     """
     counts = run.bad_samples.counts
-    out_of_time = 0 < run.config.max_minutes * 60 < time.monotonic() - run.started
+    out_of_time = (
+        0 < run.config.max_minutes * 60 < time.monotonic() - run.started and run.step < run.schedule.total_steps
+    )
     sums = window.reduce([*counts, float(out_of_time)])
     tried, bad, lost, late = (int(total) for total in sums.extra)
+    name_bad_videos(run, bad)
     run.bad_samples.check(type(counts)(tried, bad, lost))
     engine = run.engine
-    norm = run.grad_norm if run.plain_norm else engine.get_global_grad_norm()
+    norm = run.gradient_norm()
     record = {
         "step": run.step,
         "epoch": run.step / run.steps_per_epoch,
         "loss": sums.loss,
         "lr": run.schedule(run.step - 1),
-        "grad_norm": None if norm is None else float(norm),
+        "grad_norm": norm,
         "clips_per_s": run.batches.total / sums.step_s,
         "data_wait_share": sums.data_wait_share,
         "step_s": sums.step_s,
@@ -125,15 +136,34 @@ def close_window(run: Training, window: Window) -> tuple[dict[str, Any], int]:
         "bad_samples": bad,
     }
     if engine.fp16_enabled():
-        record |= {"loss_scale": engine.optimizer.cur_scale, "skipped_steps": engine.skipped_steps}
+        record |= {"loss_scale": engine.optimizer.loss_scale, "skipped_steps": engine.skipped_steps}
     if run.metrics is not None:
         run.metrics.write(record)
     stop = EXIT_BAD_NUMBERS if sums.bad_in_a_row >= run.config.max_bad_steps else EXIT_RESTART_ME if late else 0
     return record, stop
 
 
-def save(run: Training) -> None:
-    """Save the state after the current step, once."""
+def name_bad_videos(run: Training, bad: int) -> None:
+    """Let rank 0 name each unreadable video once, whichever rank met it; ``bad`` is the count over all ranks."""
+    if bad == run.bad_named:
+        return
+    run.bad_named = bad
+    found: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(found, run.bad_samples.reasons)
+    if ranks.is_main():
+        run.bad_samples.name(dict(ChainMap(*found)))
+
+
+def save(run: Training, window: Window) -> bool:
+    """Save the state after the current step, once, unless its numbers have gone wrong. Returns whether they are right.
+
+    A collective call. A step whose loss is finite but whose gradients aren't has spoilt the weights too; under fp16
+    DeepSpeed skips such a step itself.
+    """
+    norm = None if run.engine.fp16_enabled() else run.gradient_norm()
+    if window.gone_wrong(norm):
+        return False
     if run.saved_at != run.step:
         run.save(run.step)
         run.saved_at = run.step
+    return True

@@ -19,6 +19,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from everest_ds.config.batches import ACCUMULATION, GLOBAL, MICRO
 from everest_ds.config.ds_config import zero_stage
 from everest_ds.config.errors import one_line_errors
 from everest_ds.config.load import build
@@ -153,19 +154,26 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.untyped_storage().nbytes()
 
 
-def _load_libraries(job: dict[str, Any]) -> None:
-    """Run a tiny model once, so that kernels and libraries loaded on first use don't count as a job's memory."""
+def _load_libraries(jobs: list[dict[str, Any]]) -> None:
+    """Run a tiny model under each configuration: what is loaded on first use shouldn't count as a job's memory."""
     tiny = build(Recipe, {"model": {"size": "vit_micro", "image_size": 32}, "train": {"micro_batch": 1}})
-    measure(tiny, job["ds_config"], steps=1)
+    for ds_config in {json.dumps(job["ds_config"]): job["ds_config"] for job in jobs}.values():
+        batch_free = {key: value for key, value in ds_config.items() if key not in (GLOBAL, MICRO, ACCUMULATION)}
+        measure(tiny, batch_free, steps=1)
 
 
 def main(jobs_file: str, out: str) -> None:
-    """Measure every job of a JSON file in this process, one after another; write ``OUT/rank-N.json``."""
+    """Measure every job of a JSON file in this process, one after another; write ``OUT/rank-N.json``.
+
+    The file holds ``jobs`` and ``load_libraries``: whether to run each configuration on a tiny model first.
+    """
     set_up_logging()
-    jobs = json.loads(Path(jobs_file).read_text(encoding="utf-8"))
+    asked = json.loads(Path(jobs_file).read_text(encoding="utf-8"))
+    jobs = asked["jobs"]
     with one_line_errors("memprof"):
         ranks.start()
-        _load_libraries(jobs[0])
+        if asked["load_libraries"]:
+            _load_libraries(jobs)
         results = []
         for number, job in enumerate(jobs):
             if ranks.is_main():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
+import math
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -11,8 +11,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-log = logging.getLogger(__name__)
 
 
 class MetricsFile:
@@ -32,18 +30,24 @@ class MetricsFile:
         self._file.write(json.dumps({k: _finite(v) for k, v in record.items()}) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
     @staticmethod
     def _set_aside(path: Path, from_step: int) -> None:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        later = [line for line in lines if json.loads(line)["step"] > from_step]
+        kept: list[str] = []
+        later: list[str] = []
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            (kept if _step(line) <= from_step else later).append(line)
         if later:
             with path.with_name("metrics.discarded.jsonl").open("a", encoding="utf-8") as discarded:
                 discarded.writelines(later)
-            path.write_text("".join(line for line in lines if line not in later), encoding="utf-8")
+            path.write_text("".join(kept), encoding="utf-8")
+
+
+def _step(line: str) -> float:
+    """Return the step of a line; one that was cut off while being written is beyond any."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 class ProgressLine:
@@ -103,4 +107,4 @@ def _clock(seconds: float) -> str:
 
 
 def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and value - value != 0 else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -64,7 +64,7 @@ def _op_obstacle(builder_name: str) -> Callable[[], str]:
         try:
             get_accelerator().create_op_builder(builder_name).load(verbose=False)
         except Exception as error:
-            return f"DeepSpeed's {builder_name} did not build ({str(error).splitlines()[0]})"
+            return f"DeepSpeed's {builder_name} did not build ({str(error).partition(chr(10))[0]})"
         return ""
 
     return obstacle
@@ -148,6 +148,6 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, ds: dict[str, Any]) ->
     adam, why = choose_adam(optim.implementation, offloads_optimizer(ds))
     try:
         optimizer = adam.build(parameter_groups(model, options["weight_decay"]), **options)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"ds_config optimizer.params: {error}") from error
     return optimizer, f"optimizer: {adam.name} ({why})"

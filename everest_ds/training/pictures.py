@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from everest_ds.config.errors import UserError
 from everest_ds.config.load import load_recipe
-from everest_ds.data.dataset import ClipDataset
+from everest_ds.data.dataset import LOST, ClipDataset
 from everest_ds.data.manifest import read_manifest
 from everest_ds.models import MaskedAutoencoder, load_pretrained
 from everest_ds.models.patches import patchify, take, unpatchify
@@ -29,8 +30,12 @@ def draw_run(run_dir: str | Path, path: str | Path, clips: int = 3) -> None:
     """Draw original, kept tokens and reconstruction for a few clips of a finished run's own videos.
 
     Raises:
-        UserError: the folder holds no finished run, or its videos are gone.
+        UserError: the folder holds no finished run, its videos are gone, or there is nothing to draw.
     """
+    if clips < 1:
+        raise UserError(f"clips: at least 1 to draw, got {clips}")
+    if Path(path).suffix != ".png":
+        raise UserError(f"{path}: pictures are written as .png")
     model = load_pretrained(run_dir).eval()
     recipe = load_recipe(RunDir(Path(run_dir)).config)
     manifest = recipe.data.val or recipe.data.train or ""
@@ -41,8 +46,13 @@ def draw_run(run_dir: str | Path, path: str | Path, clips: int = 3) -> None:
         image_size=recipe.model.image_size,
         tokens=model.budget.total,
         seed=recipe.train.seed,
+        augment=False,
+        attempts=1,
     )
     samples = [dataset[0, index] for index in range(min(clips, len(dataset)))]
+    for sample in samples:
+        if sample.index == LOST:
+            raise UserError(f"video {sample.bad[0].path}: {sample.bad[0].reason}")
     batch = torch.stack([sample.clips[0] for sample in samples])
     noise = torch.stack([sample.noise[0] for sample in samples])
     draw(model, batch, noise, path)

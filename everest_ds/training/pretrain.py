@@ -39,7 +39,7 @@ def pretrain(recipe: Recipe, raw_ds_config: dict[str, Any]) -> int:
     code = train(assemble(plan, built, done))
     if code == 0 and ranks.is_main():
         run_dir = RunDir(Path(recipe.train.output_dir))
-        export_weights(run_dir.checkpoints, recipe.model, run_dir.weights)
+        export_weights(built.engine, run_dir.checkpoints, recipe.model, run_dir.weights)
     return code
 
 
@@ -64,6 +64,7 @@ class Plan:
         if recipe.optim.layer_decay != 1:
             raise UserError("optim.layer_decay: layer-wise decay is for fine-tuning; pre-training wants 1.0")
         source = checkpoint.find_resume(recipe)
+        RunDir(Path(recipe.train.output_dir)).check_writable()
         entries = read_manifest(recipe.data.train, recipe.data.root, key="data.train")
         model = build_pretraining_model(recipe)
         ds_config, batches = resolve(raw_ds_config, recipe, model)

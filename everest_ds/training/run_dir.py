@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
+import tempfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from everest_ds.config.errors import UserError
-from everest_ds.config.load import build, dump
-from everest_ds.config.schema import ModelConfig, Recipe
+from everest_ds.config.load import dump, load_recipe
+from everest_ds.config.schema import Recipe
 from everest_ds.models.weights import WEIGHTS_FILE
 
 _PACKAGES = ("everest_ds", "torch", "torchvision", "deepspeed", "timm", "decord", "decord2", "av", "numpy")
@@ -60,15 +60,29 @@ class RunDir:
         return self.config.is_file()
 
     def has_results(self) -> bool:
-        """Whether a run here has got as far as a logged step or a checkpoint."""
-        return self.has_checkpoint() or (self.metrics.is_file() and self.metrics.stat().st_size > 0)
+        """Whether a run here has got as far as a logged step, a checkpoint or weights."""
+        logged = self.metrics.is_file() and self.metrics.stat().st_size > 0
+        return logged or self.has_checkpoint() or self.weights.is_file()
+
+    def check_writable(self) -> None:
+        """Make the folder.
+
+        Raises:
+            UserError: it can't be made or written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise UserError(f"train.output_dir: cannot write to {self.path} ({error.strerror})") from error
 
     def has_checkpoint(self) -> bool:
         """Whether a run here can be continued."""
         return (self.checkpoints / "latest").is_file()
 
-    def read_model(self) -> ModelConfig:
-        """Return the model settings of the run that is here.
+    def read_recipe(self) -> Recipe:
+        """Return the resolved recipe of the run that is here.
 
         Raises:
             UserError: this isn't a run directory, or its configuration can't be read.
@@ -76,8 +90,8 @@ class RunDir:
         if not self.holds_run():
             raise UserError(f"{self.path}: not a run directory (no config.yaml in it)")
         try:
-            return build(ModelConfig, yaml.safe_load(self.config.read_text(encoding="utf-8"))["model"], "model.")
-        except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
+            return load_recipe(self.config)
+        except UserError as error:
             raise UserError(f"{self.config}: not the configuration of a run ({error})") from error
 
     def write_facts(self, recipe: Recipe, ds: dict[str, Any], env: dict[str, Any], *, from_step: int) -> None:
@@ -90,7 +104,7 @@ class RunDir:
         }
         for path, text in texts.items():
             if path.exists() and path.read_text(encoding="utf-8") != text:
-                path.replace(path.with_name(f"{path.stem}.until-step-{from_step}{path.suffix}"))
+                path.replace(_unused(path.with_name(f"{path.stem}.until-step-{from_step}{path.suffix}")))
             path.write_text(text, encoding="utf-8")
 
 
@@ -105,6 +119,12 @@ def environment(accelerator: str, device: str, optimizer: str, world_size: int) 
         "ranks": world_size,
         "optimizer": optimizer,
     }
+
+
+def _unused(path: Path) -> Path:
+    """Return ``path``, numbered if something is there."""
+    numbered = (path.with_name(f"{path.stem}.{i}{path.suffix}") for i in itertools.count(2))
+    return next(candidate for candidate in itertools.chain([path], numbered) if not candidate.exists())
 
 
 def _version(package: str) -> str | None:

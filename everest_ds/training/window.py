@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,13 @@ class Window:
         self._loss += loss
         self._bad_in_a_row = torch.where(loss.isfinite(), 0.0, self._bad_in_a_row + 1)
         self._steps += 1
+
+    def gone_wrong(self, gradient_norm: float | None) -> bool:
+        """Say whether the last step's loss, or its gradient norm, was not finite on any rank; a collective call."""
+        wrong = self._bad_in_a_row + (gradient_norm is not None and not math.isfinite(gradient_norm))
+        if dist.is_initialized():
+            dist.all_reduce(wrong)
+        return wrong.item() > 0
 
     def reduce(self, extra: Sequence[float]) -> Sums:
         """Read the window, summed over ranks along with ``extra``, and open the next one; a collective call."""

@@ -63,6 +63,12 @@ def test_bf16_auto_is_off_on_a_cpu():
         ({"train_batch_size": "many"}, ["train.seed=1"], GPU, "expected a positive whole number or 'auto'"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, [], GPU, "bf16 and fp16 are both enabled"),
         ({"fp16": {"enabled": True}}, [], CPU, "fp16: this accelerator does not support it"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, [], GPU, "optimizer.params.lr = 0.001 contradicts"),
+        ({"optimizer": {"type": "AdamW", "params": {"weight_decay": 0.3}}}, [], GPU, "weight_decay = 0.3 contradicts"),
+        ({"optimizer": "AdamW"}, [], GPU, "optimizer: expected an object"),
+        ({"bfloat16": {"enabled": True}}, [], GPU, "rename the section"),
+        ({"fp16": {"enabled": True, "auto_cast": True}}, [], GPU, "fp16.auto_cast"),
+        ({"zero_optimization": {"stage": "two"}}, [], GPU, "stage: expected 0, 1, 2 or 3, got 'two'"),
         ({"scheduler": {"type": "WarmupLR"}}, [], GPU, "the schedule is the recipe's"),
         ({"zero_optimization": {"stage": "auto"}}, [], GPU, "zero_optimization.stage: 'auto' can't be filled"),
         (
@@ -77,6 +83,27 @@ def test_contradictions_are_refused(ds, overrides, facts, told):
     with pytest.raises(UserError) as caught:
         resolve(ds, *overrides, facts=facts)
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("bf16", "fp16", "facts", "expected"),
+    [
+        ("auto", "auto", GPU, "bf16"),
+        ("auto", True, GPU, "fp16"),
+        (True, "auto", GPU, "bf16"),
+        (False, "auto", GPU, "fp16"),
+        ("auto", "auto", CPU, "fp32"),
+    ],
+)
+def test_auto_precisions_settle_between_themselves(bf16, fp16, facts, expected):
+    ds, _ = resolve({"bf16": {"enabled": bf16}, "fp16": {"enabled": fp16}}, facts=facts)
+    assert precision(ds) == expected
+
+
+def test_null_sections_are_absent_ones():
+    ds, _ = resolve({"optimizer": None, "zero_optimization": {"stage": 1, "offload_optimizer": None}})
+    assert "optimizer" not in ds
+    assert ds["zero_optimization"] == {"stage": 1}
 
 
 @pytest.mark.parametrize(

@@ -334,6 +334,8 @@ class TestBadFiles:
         with caplog.at_level(logging.WARNING):
             counted.add(self.batch(good=1, bad=["a", "b", "a"]))
             counted.add(self.batch(good=1, bad=["b", "c"]))
+            counted.name()
+            counted.name({})
         assert [record.getMessage() for record in caplog.records] == [
             f"unreadable video {path}: torn" for path in "abc"
         ]

@@ -37,6 +37,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_unsaved(motion_videos, tmp_path
     assert not (folder / "checkpoints").exists()
 
 
+def test_numbers_that_go_wrong_between_logged_steps_are_not_saved(motion_videos, tmp_path):
+    folder = tmp_path / "run"
+    done = pretrain(
+        motion_videos, folder, "optim.base_lr=1e30", "train.log_every_steps=100", "train.save_every_steps=3"
+    )
+    assert done.returncode == 3, done.stderr
+    assert not (folder / "checkpoints").exists()
+    assert not (folder / "model.safetensors").exists()
+
+
 def test_a_run_continues_in_another_folder(motion_videos, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     assert pretrain(motion_videos, first, "train.max_steps=2").returncode == 0

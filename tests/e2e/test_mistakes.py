@@ -35,7 +35,6 @@ def assert_one_line(done, told: str) -> None:
         (["model.frames=many"], "model.frames: expected a whole number"),
         (["model.keep_ratio=0.05"], "must be above model.visible_ratio"),
         (["model.image_size=50"], "50 is not divisible by model.patch"),
-        (["--resume", "auto", "train.output_dir=/nowhere"], "data.train"),
     ],
 )
 def test_mistakes_in_settings(arguments, told):
@@ -53,6 +52,11 @@ def test_mistakes_that_need_a_manifest(motion_videos, tmp_path):
     assert_one_line(pretrain(*good, ds=refused), "DeepSpeed refuses it")
     assert_one_line(pretrain(*good, "train.global_batch=1000"), "64 videos are fewer than the 1000")
     assert_one_line(pretrain(*good, "--resume", str(tmp_path)), "not a run directory")
+    below_a_file = tmp_path / "fp16.json" / "run"
+    assert_one_line(pretrain(*good, f"train.output_dir={below_a_file}"), "cannot write to")
+    lamb = tmp_path / "lamb.json"
+    lamb.write_text(json.dumps({"optimizer": {"type": "AdamWW", "params": {}}}))
+    assert_one_line(pretrain(*good, ds=lamb), "AdamWW")
 
 
 def test_a_batch_that_the_ranks_cannot_share(motion_videos, tmp_path):
@@ -82,3 +86,6 @@ def test_resuming(motion_videos, tmp_path):
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     assert (folder / "config.until-step-2.yaml").is_file()
+    for part in (folder / "checkpoints/step-00000004").glob("*.pt"):
+        part.write_bytes(part.read_bytes()[:1000])
+    assert_one_line(pretrain(*command, "--resume", "auto", "train.max_steps=6"), "does not load")

@@ -1,8 +1,9 @@
 """What must not change the arithmetic: ZeRO stage, offload, activation checkpointing, ranks or passes.
 
-Another order of summation changes weights in the last bit, and Adam magnifies that where a gradient is next to nothing. Where
-two tokens' importance is equal but for that, the cut between kept and dropped may then fall the other way: one token of
-one clip, about 1e-4 of a step's loss. Large patches (few tokens) and a small rate keep that from happening in 10 steps.
+Another order of summation changes weights in the last bit, and Adam magnifies that where a gradient is next to
+nothing. Where two tokens' importance is equal but for that, the cut between kept and dropped may then fall the other
+way: one token of one clip, about 1e-4 of a step's loss. Large patches (few tokens) and a small rate keep that from
+happening in 10 steps.
 """
 
 import json
@@ -28,8 +29,8 @@ class Case(NamedTuple):
         ds = json.loads((DS_CONFIGS / f"{self.ds}.json").read_text()) | batch
         base = (
             f"data.train={manifest} data.stride=1 data.workers=0 data.crop_scales=[0.75] model.size=vit_micro "
-            f"model.image_size=48 model.patch=16 model.decoder_depth=2 train.global_batch={GLOBAL_BATCH} train.max_steps={STEPS} "
-            "train.log_every_steps=1 optim.warmup_steps=2 optim.base_lr=0.015"
+            f"model.image_size=48 model.patch=16 model.decoder_depth=2 train.global_batch={GLOBAL_BATCH} "
+            f"train.max_steps={STEPS} train.log_every_steps=1 optim.warmup_steps=2 optim.base_lr=0.015"
         ).split()
         # Small tensors must be partitioned too, or ZeRO-3 would have nothing to gather in a model this small.
         ds.get("zero_optimization", {}).pop("stage3_param_persistence_threshold", None)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from launching import DS_CONFIGS, run
+from launching import DS_CONFIGS
 
 from everest_ds.config.ds_config import load_ds_config
 from everest_ds.config.errors import UserError
@@ -103,14 +103,13 @@ def test_the_command_answers_nonsense_with_one_line(arguments, told, tmp_path, c
     assert printed.err.count("\n") == 1
 
 
-def test_json_is_alone_on_stdout_and_tables_mark_what_does_not_fit(tmp_path, capsys, memprof_main):
-    done = run("tools/memprof", *MICRO, "--json", "--report", tmp_path / "report")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)["rows"]
+def test_json_is_alone_on_stdout_and_tables_mark_what_does_not_fit(tmp_path, capfd, memprof_main):
+    assert memprof_main([*MICRO, "--json", "--report", str(tmp_path / "report")]) == 0
+    found = json.loads(capfd.readouterr().out)["rows"]
     assert len(found) == 2 * 4 * 2  # methods, ZeRO stages, batches
     assert all(set(FIELDS) <= row.keys() for row in found)
     assert (tmp_path / "report" / "index.html").is_file()
 
     middle = sorted(row["predicted_peak_bytes"] for row in found)[len(found) // 2]
     assert memprof_main([*MICRO, "--capacity", f"{middle}B"]) == 0
-    assert capsys.readouterr().out.count("OOM ") == sum(row["predicted_peak_bytes"] > middle for row in found) > 0
+    assert capfd.readouterr().out.count("OOM ") == sum(row["predicted_peak_bytes"] > middle for row in found) > 0

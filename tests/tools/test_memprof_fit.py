@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from launching import DS_CONFIGS, run
+from launching import DS_CONFIGS
 
 from everest_ds.config.ds_config import load_ds_config
 from everest_ds.config.errors import UserError
@@ -125,9 +125,8 @@ COMMAND = ("fit", "--model", "vit_micro", "--capacity", "A100-80", "model.image_
 def test_the_command_writes_a_file_once(tmp_path, capsys, memprof_main):
     path = tmp_path / "suggested.json"
     command = (*COMMAND, "--json", "--write", str(path))
-    done = run("tools/memprof", *command)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    assert memprof_main(command) == 0
+    result = json.loads(capsys.readouterr().out)
     shipped = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
     assert [row["ds_config"] for row in result["rows"]] == shipped
     assert all(row["max_micro_batch"] > 0 for row in result["rows"])
@@ -155,7 +154,7 @@ def test_the_table_names_an_upper_bound_as_such(capsys, memprof_main):
         (("--model", "vit_gaint"), "did you mean 'vit_giant'"),
         (("--world-size", "0"), "world size: must be positive, got 0"),
         (("--accumulation", "-2"), "accumulation: must be positive, got -2"),
-        (("--capacity", "A100"), "did you mean 'A100-40'"),
+        (("--capacity", "A100"), "did you mean A100-40 or A100-80?"),
         (("--checkpointing", "most"), "unknown checkpointing 'most'"),
         (("--ds_config", "nowhere.json"), "No such file"),
     ],

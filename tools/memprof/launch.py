@@ -19,13 +19,16 @@ _LOG_LINES = 20
 _TRIM = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 
 
-def launch(jobs: list[dict[str, Any]], *, ranks: int, trim: bool = False) -> list[list[dict[str, Any]]]:
+def launch(
+    jobs: list[dict[str, Any]], *, ranks: int, trim: bool = False, load_libraries: bool = True
+) -> list[list[dict[str, Any]]]:
     """Measure jobs, one after another, in one group of ranks.
 
     Args:
         jobs: each ``name``, ``recipe`` (nested dictionaries), ``ds_config`` and ``steps``.
         ranks: processes on this machine.
         trim: let the C library return freed memory at once, for the sake of the resident set.
+        load_libraries: run tiny models first, for the sake of the resident set too.
 
     Returns:
         Per job, the measurement of each rank (see :class:`everest_ds.training.measure.Measured`).
@@ -35,7 +38,8 @@ def launch(jobs: list[dict[str, Any]], *, ranks: int, trim: bool = False) -> lis
     """
     with tempfile.TemporaryDirectory(prefix="memprof-") as folder:
         jobs_file = Path(folder, "jobs.json")
-        jobs_file.write_text(json.dumps(jobs), encoding="utf-8")
+        asked = {"jobs": jobs, "load_libraries": load_libraries}
+        jobs_file.write_text(json.dumps(asked), encoding="utf-8")
         log = Path(folder, "log.txt")
         code = _run(jobs_file, folder, log, ranks, trim)
         results = [Path(folder, f"rank-{rank}.json") for rank in range(ranks)]

@@ -54,6 +54,7 @@ class Row:
     measured: int
     states_predicted: int
     states_measured: int
+    rss_predicted: int
     rss: int
 
     @property
@@ -68,8 +69,8 @@ class Row:
 
     @property
     def rss_error(self) -> float:
-        """The predicted peak against the growth of the resident set."""
-        return self.predicted / self.rss - 1
+        """What of the predicted peak is ever written, against the growth of the resident set."""
+        return self.rss_predicted / self.rss - 1
 
 
 def cells(sizes: tuple[tuple[str, int, int], ...] = SIZES, precision: str = "fp32") -> Iterator[Cell]:
@@ -81,8 +82,8 @@ def cells(sizes: tuple[tuple[str, int, int], ...] = SIZES, precision: str = "fp3
         yield Cell(load_recipe(None, [*overrides, f"train.micro_batch={batch}"]), ds_name, precision)
 
 
-def measure_cells(chosen: list[Cell], ranks: int, *, trim: bool = True) -> list[Row]:
-    """Run cells in one launch and predict them; without ``trim`` faster, but the resident set says little."""
+def measure_cells(chosen: list[Cell], ranks: int, *, resident: bool = True) -> list[Row]:
+    """Run cells in one launch and predict them; faster without care for the ``resident`` set."""
     jobs = [
         {
             "name": cell.name,
@@ -92,7 +93,8 @@ def measure_cells(chosen: list[Cell], ranks: int, *, trim: bool = True) -> list[
         }
         for cell in chosen
     ]
-    return [_row(cell, per_rank) for cell, per_rank in zip(chosen, launch(jobs, ranks=ranks, trim=trim), strict=True)]
+    measured = launch(jobs, ranks=ranks, trim=resident, load_libraries=resident)
+    return [_row(cell, per_rank) for cell, per_rank in zip(chosen, measured, strict=True)]
 
 
 def _row(cell: Cell, per_rank: list[dict[str, Any]]) -> Row:
@@ -104,6 +106,7 @@ def _row(cell: Cell, per_rank: list[dict[str, Any]]) -> Row:
         measured=worst["measured_peak_bytes"],
         states_predicted=planned.states_bytes,
         states_measured=worst["states_bytes"],
+        rss_predicted=planned.resident_peak_bytes,
         rss=worst["rss_growth_bytes"],
     )
 
@@ -126,7 +129,7 @@ def as_markdown(rows: list[Row], ranks: int) -> str:
         f"Written by `python tools/memprof measure --ranks {ranks} --matrix FILE`.",
         "MiB; errors are (predicted - measured) / measured.",
         "*Peak* and *held* (between steps) are tensor storages; *RSS* is the growth of the process's resident set,",
-        "with a C library that returns freed memory at once.",
+        "with a C library that returns freed memory at once, against the predicted peak less what is never written.",
         "",
         *(f"- {line}" for line in summary(rows)),
         "",

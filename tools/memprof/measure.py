@@ -74,8 +74,9 @@ def compare(planned: Plan, per_rank: list[dict[str, Any]]) -> dict[str, Any]:
         "measured_by": measured["measured_by"],
         "compared_bytes": comparable,
         "residual_bytes": measured["measured_peak_bytes"] - comparable,
+        "predicted_resident_bytes": planned.resident_peak_bytes if on_cpu else sum(planned.host.values()),
         "rss_growth_bytes": measured["rss_growth_bytes"],
-        "predicted_states_bytes": planned.states_bytes,
+        "predicted_states_bytes": sum(i.size_bytes for i in planned.states if on_cpu or not i.host),
         "states_bytes": measured["states_bytes"],
         "step_s": measured["step_s"],
         "step_spread_s": measured["step_spread_s"],
@@ -95,7 +96,7 @@ def comparison_table(result: dict[str, Any]) -> Table:
     rows = (
         ("peak of a step", result["compared_bytes"], result["measured_peak_bytes"]),
         ("held between steps", result["predicted_states_bytes"], result["states_bytes"]),
-        ("resident set growth", result["compared_bytes"], result["rss_growth_bytes"]),
+        ("resident set growth", result["predicted_resident_bytes"], result["rss_growth_bytes"]),
     )
     for name, predicted, measured in rows:
         residual = measured - predicted
