@@ -8,6 +8,7 @@ Parameters and optimizer states are not in it: they are ZeRO's (see :mod:`everes
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -285,7 +286,17 @@ def _record(model: nn.Module, spec: TraceSpec, batch: int) -> _Recorder:
     recorder.closed = True
     for parameter in model.parameters():
         parameter.grad = None
+    recorder.events = _deaths_in_order(recorder.events)
     return recorder
+
+
+def _deaths_in_order(events: list[Event]) -> list[Event]:
+    """Sort neighbouring deaths: they commute, and autocast's cached casts die in the order of a hash of addresses."""
+    ordered: list[Event] = []
+    for dying, run in itertools.groupby(events, key=lambda event: isinstance(event, Died)):
+        neighbours = list(run)
+        ordered += sorted(neighbours) if dying else neighbours
+    return ordered
 
 
 def _inputs(spec: TraceSpec, batch: int) -> tuple[Tensor, ...]:

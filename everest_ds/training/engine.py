@@ -97,4 +97,20 @@ def initialise(model: nn.Module, recipe: Recipe, ds_config: dict[str, Any]) -> B
         if optimizer is not None:
             raise
         raise UserError(f"ds_config optimizer: DeepSpeed can't build {ds['optimizer']} ({error})") from error
+    if not engine.zero_optimization():
+        _undo_empty_step(engine.optimizer)
     return Built(engine=engine, optimizer=line)
+
+
+def _undo_empty_step(optimizer: Any) -> None:
+    """Set Adam's step count back to 0.
+
+    In half precision at stage 0 DeepSpeed takes a step with zero gradients to allocate the moments. It changes no weight, but
+    its count stays, and the bias correction of the true first steps would be off: a quarter less at the first.
+    """
+    for group in optimizer.param_groups:
+        if "step" in group:
+            group["step"] = 0
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0

@@ -11,6 +11,7 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 
 from everest_ds.config.batches import Batches
+from everest_ds.config.ds_config import precision, zero_stage
 from everest_ds.config.errors import UserError
 from everest_ds.config.schema import Recipe
 from everest_ds.data.dataset import ClipDataset
@@ -68,6 +69,11 @@ class Plan:
         entries = read_manifest(recipe.data.train, recipe.data.root, key="data.train")
         model = build_pretraining_model(recipe)
         ds_config, batches = resolve(raw_ds_config, recipe, model)
+        if precision(ds_config) == "fp16" and zero_stage(ds_config) == 0:
+            raise UserError(
+                "ds_config fp16: DeepSpeed 0.19 divides by the loss scale under ZeRO stage 0 but never multiplies by it; "
+                "use stage 1 (ds_configs/zero1.json), or bf16"
+            )
         dataset = ClipDataset(
             entries,
             recipe.data,

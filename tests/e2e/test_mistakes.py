@@ -54,6 +54,8 @@ def test_mistakes_that_need_a_manifest(motion_videos, tmp_path):
     assert_one_line(pretrain(*good, "--resume", str(tmp_path)), "not a run directory")
     below_a_file = tmp_path / "fp16.json" / "run"
     assert_one_line(pretrain(*good, f"train.output_dir={below_a_file}"), "cannot write to")
+    fp16.write_text(json.dumps({"fp16": {"enabled": True}}))
+    assert_one_line(pretrain(*good, ds=fp16), "fp16: DeepSpeed 0.19 divides by the loss scale")
     lamb = tmp_path / "lamb.json"
     lamb.write_text(json.dumps({"optimizer": {"type": "AdamWW", "params": {}}}))
     assert_one_line(pretrain(*good, ds=lamb), "AdamWW")
