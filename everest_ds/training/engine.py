@@ -105,8 +105,8 @@ def initialise(model: nn.Module, recipe: Recipe, ds_config: dict[str, Any]) -> B
 def _undo_empty_step(optimizer: Any) -> None:
     """Set Adam's step count back to 0.
 
-    In half precision at stage 0 DeepSpeed takes a step with zero gradients to allocate the moments. It changes no weight, but
-    its count stays, and the bias correction of the true first steps would be off: a quarter less at the first.
+    In half precision at stage 0 DeepSpeed takes a step with zero gradients to allocate the moments. It changes no
+    weight, but its count stays, and the bias correction of the true first steps is off: a quarter less at the first.
     """
     for group in optimizer.param_groups:
         if "step" in group:

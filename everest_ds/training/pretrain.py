@@ -71,8 +71,8 @@ class Plan:
         ds_config, batches = resolve(raw_ds_config, recipe, model)
         if precision(ds_config) == "fp16" and zero_stage(ds_config) == 0:
             raise UserError(
-                "ds_config fp16: DeepSpeed 0.19 divides by the loss scale under ZeRO stage 0 but never multiplies by it; "
-                "use stage 1 (ds_configs/zero1.json), or bf16"
+                "ds_config fp16: DeepSpeed 0.19 divides by the loss scale under ZeRO stage 0 but never multiplies by "
+                "it; use stage 1 (ds_configs/zero1.json), or bf16"
             )
         dataset = ClipDataset(
             entries,
