@@ -83,7 +83,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"recipe {path}: {error.strerror}") from error
+        raise UserError(f"recipe {path}: {error.strerror}; shipped ones are in run/recipes/") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise UserError(f"recipe {path}: not a YAML file ({str(error).splitlines()[0]})") from error
     if tree is None:

@@ -64,8 +64,8 @@ def load(engine: Any, source: RunDir) -> int:
     except Exception as error:  # unpickling a damaged file, or DeepSpeed on other ranks or stages, can raise anything
         reason = " ".join(str(error).split())
         raise UserError(
-            f"train.resume: {source.checkpoints / 'latest'} names a checkpoint that does not load ({reason}); it was "
-            "saved under another number of ranks or ZeRO stage, or is damaged: name an earlier one in 'latest'"
+            f"train.resume: {source.checkpoints / 'latest'} names a checkpoint that does not load ({reason}); resume "
+            "with the ranks and ZeRO stage that it was saved with; if it is damaged, name an earlier one in 'latest'"
         ) from error
     if path is None:
         raise UserError(f"train.resume: no loadable checkpoint in {source.checkpoints}")

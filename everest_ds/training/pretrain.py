@@ -65,7 +65,6 @@ class Plan:
         if recipe.optim.layer_decay != 1:
             raise UserError("optim.layer_decay: layer-wise decay is for fine-tuning; pre-training wants 1.0")
         source = checkpoint.find_resume(recipe)
-        RunDir(Path(recipe.train.output_dir)).check_writable()
         entries = read_manifest(recipe.data.train, recipe.data.root, key="data.train")
         model = build_pretraining_model(recipe)
         ds_config, batches = resolve(raw_ds_config, recipe, model)
@@ -84,6 +83,8 @@ class Plan:
         )
         steps_per_epoch = step_sampler(recipe, batches, len(dataset)).steps_per_epoch
         total = recipe.train.max_steps or recipe.train.epochs * steps_per_epoch
+        # Last: a mistake leaves no empty folder behind.
+        RunDir(Path(recipe.train.output_dir)).check_writable()
         return cls(
             recipe=recipe,
             ds_config=ds_config,
