@@ -49,6 +49,14 @@ class Training:
     grad_norm: Tensor | None = None
     bad_named: int = 0
 
+    def logs(self, step: int) -> bool:
+        """Whether a line is logged after this step."""
+        return step in (1, self.schedule.total_steps) or step % self.config.log_every_steps == 0
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is due after this step, besides the one at the end."""
+        return bool(self.config.save_every_steps) and step % self.config.save_every_steps == 0
+
     def gradient_norm(self) -> float | None:
         """Read the last step's gradient norm; the host waits for the device."""
         norm = self.grad_norm if self.plain_norm else self.engine.get_global_grad_norm()
@@ -71,10 +79,10 @@ def train(run: Training) -> int:
             window.add(loss)
             run.step += 1
             progress.advance(run.step)
-            if run.step in (1, last) or run.step % run.config.log_every_steps == 0:
+            if run.logs(run.step):
                 record, code = close_window(run, window)
                 progress.report(record)
-            if run.config.save_every_steps and run.step % run.config.save_every_steps == 0 and not code:
+            if run.saves(run.step) and not code:
                 save(run, window)
     if not save(run, window):
         code = EXIT_BAD_NUMBERS
@@ -98,7 +106,8 @@ def optimizer_step(run: Training, window: Window) -> Tensor:
         loss = engine(clips, noise).loss
         engine.backward(loss)
         losses.append(loss.detach())
-        if run.plain_norm and engine.is_gradient_accumulation_boundary():
+        read = run.logs(run.step + 1) or run.saves(run.step + 1)
+        if read and run.plain_norm and engine.is_gradient_accumulation_boundary():
             run.grad_norm = torch.nn.utils.get_total_norm(p.grad for p in engine.module.parameters())
         engine.step()
     return torch.stack(losses).mean()
