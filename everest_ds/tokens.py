@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from everest_ds.config.errors import UserError
-from everest_ds.config.schema import ModelConfig
+from everest_ds.config.schema import IMPORTANCE_SELECTORS, ModelConfig
 
 # Ratios are decimals that people type. Reading a float back as the nearest fraction with a small denominator
 # undoes its rounding: 1 - 0.9 is a tenth again, and a tenth of 160 is 16, not 15.999999999999996.
@@ -75,7 +75,7 @@ class TokenBudget:
             kept = total
         else:
             visible = share(model.visible_ratio, total)
-            kept = share(model.keep_ratio, total) if model.resolved_selector == "rero" else total
+            kept = share(model.keep_ratio, total) if model.resolved_selector in IMPORTANCE_SELECTORS else total
         if visible < 1 or kept <= visible:
             raise UserError(
                 f"model.visible_ratio: of {total} tokens {visible} would be visible and {kept - visible} "

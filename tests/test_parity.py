@@ -8,6 +8,7 @@ import pytest
 import torch
 from golden_fixtures import facts, group, tensors
 
+from everest_ds.config.finetuning import ClassifierConfig
 from everest_ds.config.schema import ModelConfig
 from everest_ds.config.sizes import SIZES, Size
 from everest_ds.models import MaskedAutoencoder, VideoClassifier
@@ -39,7 +40,7 @@ def gradients_close(model: torch.nn.Module, golden: dict[str, torch.Tensor]) -> 
             close(got, gradient)
 
 
-def golden_model_config(f: dict, monkeypatch: pytest.MonkeyPatch, **keys) -> ModelConfig:
+def golden_model_config(f: dict, monkeypatch: pytest.MonkeyPatch, kind=ModelConfig, **keys):
     width = f.get("encoder_embed_dim", f.get("embed_dim"))
     row = Size(
         width=width,
@@ -52,7 +53,7 @@ def golden_model_config(f: dict, monkeypatch: pytest.MonkeyPatch, **keys) -> Mod
     )
     monkeypatch.setitem(SIZES, "golden", row)
     shape = {"image_size": f["img_size"], "frames": f["num_frames"], "tubelet": f["tubelet_size"]}
-    return ModelConfig(size="golden", decoder_depth=f.get("decoder_depth", 1), **shape, **keys)
+    return kind(size="golden", decoder_depth=f.get("decoder_depth", 1), **shape, **keys)
 
 
 def indices(mask_true_is_out: torch.Tensor) -> torch.Tensor:
@@ -133,8 +134,16 @@ def test_classifier(monkeypatch, attention):
     f, golden = facts("everest_finetune"), tensors("everest_finetune")
     labels = torch.tensor(f["class_labels"])
     for keep_ratio, key in ((1.0, "logits_no_dropping"), (1 - f["mcm_ratio"], "logits")):
-        config = golden_model_config(f, monkeypatch, keep_ratio=keep_ratio, attention=attention)
-        model = VideoClassifier(config, classes=f["num_classes"])
+        config = golden_model_config(
+            f,
+            monkeypatch,
+            ClassifierConfig,
+            keep_ratio=keep_ratio,
+            attention=attention,
+            classes=f["num_classes"],
+            drop_path=0.0,
+        )
+        model = VideoClassifier(config)
         model.load_state_dict(from_official(group(golden, "weights/")), strict=True)
         logits = model(golden["video_u8"])
         close(logits.detach(), golden[key])

@@ -12,24 +12,45 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from everest_ds.config.errors import UserError, nearest
 from everest_ds.config.schema import Recipe
 
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+
 
 def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the pre-training recipe at ``path``; see :func:`load_as`."""
+    return load_as(Recipe, path, overrides)
+
+
+def load_as(kind: type[AnyRecipe], path: str | Path | None, overrides: Sequence[str] = ()) -> AnyRecipe:
     """Return the recipe at ``path`` (defaults alone when None) with ``key=value`` overrides applied.
+
+    Args:
+        kind: of recipe: pre-training's, or fine-tuning's with its own defaults.
+        path: a YAML file.
+        overrides: such as ``model.size=vit_base``.
 
     Raises:
         UserError: the file is missing or not YAML, a key is unknown, a value has the wrong type or fails a check.
     """
+    return build(kind, read_tree(path, overrides))
+
+
+def read_tree(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what a recipe and its overrides say, as nested dictionaries, neither checked nor filled with defaults.
+
+    Raises:
+        UserError: the file is missing or not YAML, or an override isn't ``key=value``.
+    """
     tree = _read_yaml(Path(path)) if path is not None else {}
     for override in overrides:
         _apply_override(tree, override)
-    return build(Recipe, tree)
+    return tree
 
 
 def build(kind: type, tree: Mapping[str, Any], prefix: str = "") -> Any:

@@ -14,12 +14,19 @@ from everest_ds.config.errors import UserError, nearest
 from everest_ds.config.sizes import SIZES, Size
 
 Method = Literal["everest", "videomae"]
-Selector = Literal["auto", "rero", "tube", "random"]
+Selector = Literal["auto", "rero", "least", "tube", "random"]
 Attention = Literal["auto", "fused", "eager"]
 Checkpointing = Literal["none", "encoder", "decoder", "full"]
 Positions = Literal["flattened", "separable"]
 Decoder = Literal["decord", "torchcodec"]
+Sampling = Literal["dense", "segments"]
+Crop = Literal["multiscale", "resized"]
 AdamChoice = Literal["auto", "deepspeed", "apex", "torch"]
+
+
+# Selectors that rank tokens by importance.
+IMPORTANCE_SELECTORS = ("rero", "least")
+_LARGEST_ALPHA = 16.0
 
 
 def setting(default: Any, doc: str, *, source: str = "ours") -> Any:
@@ -32,9 +39,23 @@ def section(kind: type, doc: str) -> Any:
     return dataclasses.field(default_factory=kind, metadata={"doc": doc, "source": "ours"})
 
 
-def _check(holds: bool, key: str, message: str) -> None:
+def check(holds: bool, key: str, message: str) -> None:
+    """Raise a UserError about ``key`` unless the check holds."""
     if not holds:
         raise UserError(f"{key}: {message}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameSelectionConfig:
+    """Information-intensive frame selection (paper, section 4.2), in pre-training."""
+
+    alpha: float = setting(
+        1.0, "candidate frames per trained frame; the more a slot changes, the likelier it is taken; 1: off"
+    )
+
+    def __post_init__(self) -> None:
+        inside = 1 <= self.alpha <= _LARGEST_ALPHA
+        check(inside, "model.frame_selection.alpha", f"must be in [1, {_LARGEST_ALPHA:g}], got {self.alpha}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +72,12 @@ class ModelConfig:
     visible_ratio: float = setting(
         0.1, "rho_pre * rho_post: share of all tokens that the encoder sees", source="paper, section 4.1"
     )
-    selector: Selector = setting("auto", "how tokens are chosen; auto: rero for everest, tube for videomae")
+    selector: Selector = setting(
+        "auto",
+        "how tokens are chosen: rero (most changing), least (least changing, Table 16), tube, random; "
+        "auto: rero for everest, tube for videomae",
+    )
+    frame_selection: FrameSelectionConfig = section(FrameSelectionConfig, "information-intensive frames")
     decoder_depth: int = setting(4, "decoder blocks", source="official EVEREST scripts")
     decoder_width: int | None = setting(None, "decoder channels; null: the size's own, half the encoder's")
     decoder_heads: int | None = setting(None, "decoder attention heads; null: the size's own")
@@ -62,35 +88,44 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
-        _check(self.size in SIZES, "model.size", f"unknown size '{self.size}'{nearest(self.size, SIZES)}")
+        check(self.size in SIZES, "model.size", f"unknown size '{self.size}'{nearest(self.size, SIZES)}")
         for key in ("image_size", "frames", "tubelet", "decoder_depth"):
-            _check(getattr(self, key) > 0, f"model.{key}", f"must be positive, got {getattr(self, key)}")
+            check(getattr(self, key) > 0, f"model.{key}", f"must be positive, got {getattr(self, key)}")
         row = self.row
         defaults = {"patch": row.patch, "decoder_width": row.decoder_width, "decoder_heads": row.decoder_heads}
         for key, value in defaults.items():
             if getattr(self, key) is None:
                 object.__setattr__(self, key, value)
-            _check(getattr(self, key) > 0, f"model.{key}", f"must be positive, got {getattr(self, key)}")
+            check(getattr(self, key) > 0, f"model.{key}", f"must be positive, got {getattr(self, key)}")
         self._check_divisions()
         self._check_ratios()
 
     def _check_divisions(self) -> None:
         for key, unit in (("image_size", "patch"), ("frames", "tubelet"), ("decoder_width", "decoder_heads")):
             whole, part = getattr(self, key), getattr(self, unit)
-            _check(whole % part == 0, f"model.{key}", f"{whole} is not divisible by model.{unit} = {part}")
+            check(whole % part == 0, f"model.{key}", f"{whole} is not divisible by model.{unit} = {part}")
 
     def _check_ratios(self) -> None:
         for key in ("keep_ratio", "visible_ratio"):
             ratio = getattr(self, key)
-            _check(0 < ratio <= 1, f"model.{key}", f"must be in (0, 1], got {ratio}")
-        if self.resolved_selector == "rero":
-            _check(
-                self.keep_ratio > self.visible_ratio,
-                "model.keep_ratio",
-                f"{self.keep_ratio} must be above model.visible_ratio = {self.visible_ratio}: the kept tokens "
-                "that are not visible are what is reconstructed",
+            check(0 < ratio <= 1, f"model.{key}", f"must be in (0, 1], got {ratio}")
+        self._check_selection()
+
+    def _check_selection(self) -> None:
+        if self.resolved_selector not in IMPORTANCE_SELECTORS:
+            check(
+                self.frame_selection.alpha == 1,
+                "model.frame_selection.alpha",
+                f"frames are chosen by the tokens that ReRo keeps in them; not with {self.resolved_selector} selection",
             )
-            _check(self.slots >= 2, "model.frames", "ReRo compares a slot with the one before: at least 2 slots")
+            return
+        check(
+            self.keep_ratio > self.visible_ratio,
+            "model.keep_ratio",
+            f"{self.keep_ratio} must be above model.visible_ratio = {self.visible_ratio}: the kept tokens "
+            "that are not visible are what is reconstructed",
+        )
+        check(self.slots >= 2, "model.frames", "ReRo compares a slot with the one before: at least 2 slots")
 
     @property
     def row(self) -> Size:
@@ -101,6 +136,16 @@ class ModelConfig:
     def slots(self) -> int:
         """Tubelets in time per clip (the paper's tau)."""
         return self.frames // self.tubelet
+
+    @property
+    def candidate_slots(self) -> int:
+        """Slots read per clip, of which frame selection takes :attr:`slots` (paper, 4.2: alpha * tau)."""
+        return round(self.frame_selection.alpha * self.slots)
+
+    @property
+    def candidate_frames(self) -> int:
+        """Frames read per clip: what the model is given."""
+        return self.candidate_slots * self.tubelet
 
     @property
     def patch_pixels(self) -> int:
@@ -121,27 +166,38 @@ class DataConfig:
     val: str | None = setting(None, "validation manifest")
     test: str | None = setting(None, "test manifest")
     root: str | None = setting(None, "folder that relative paths in a manifest start from; null: the manifest's own")
-    stride: int = setting(4, "video frames from one frame of a clip to the next", source="paper, Table 7")
+    sampling: Sampling = setting(
+        "dense", "dense: every stride-th frame; segments: one frame from each of as many equal parts (TSN)"
+    )
+    stride: int = setting(
+        4, "dense sampling: video frames from one frame of a clip to the next", source="paper, Table 7"
+    )
     workers: int = setting(4, "decoding processes per rank; 0 decodes in the training process")
     prefetch: int = setting(4, "batches each worker prepares ahead", source="torch default is 2")
     clips_per_video: int = setting(1, "clips read from one opened file", source="repeated augmentation")
     decoder: Decoder = setting("decord", "frame reader: decord, or torchcodec (an extra; exact seek)")
     flip: bool = setting(True, "mirror half of the clips; off where left and right matter", source="paper, Table 7")
+    crop: Crop = setting("multiscale", "random crop: multiscale or resized (RandomResizedCrop)", source="VideoMAE")
     crop_scales: tuple[float, ...] = setting(
         (1.0, 0.875, 0.75, 0.66), "MultiScaleCrop: crop sides as shares of the short side", source="VideoMAE"
+    )
+    crop_area: tuple[float, float] = setting(
+        (0.08, 1.0), "RandomResizedCrop: smallest and largest share of the frame", source="VideoMAE"
     )
     max_bad_share: float = setting(0.1, "share of unreadable videos above which the run ends, judged from 20 videos on")
     timeout_s: float = setting(120.0, "seconds that a batch may take to arrive before the run ends; 0: no limit")
 
     def __post_init__(self) -> None:
         for key in ("stride", "prefetch", "clips_per_video"):
-            _check(getattr(self, key) > 0, f"data.{key}", f"must be positive, got {getattr(self, key)}")
-        _check(self.workers >= 0, "data.workers", f"must not be negative, got {self.workers}")
-        _check(self.timeout_s >= 0, "data.timeout_s", f"must not be negative, got {self.timeout_s}")
-        _check(0 <= self.max_bad_share <= 1, "data.max_bad_share", f"must be in [0, 1], got {self.max_bad_share}")
-        _check(len(self.crop_scales) > 0, "data.crop_scales", "needs at least one scale")
+            check(getattr(self, key) > 0, f"data.{key}", f"must be positive, got {getattr(self, key)}")
+        check(self.workers >= 0, "data.workers", f"must not be negative, got {self.workers}")
+        check(self.timeout_s >= 0, "data.timeout_s", f"must not be negative, got {self.timeout_s}")
+        check(0 <= self.max_bad_share <= 1, "data.max_bad_share", f"must be in [0, 1], got {self.max_bad_share}")
+        check(len(self.crop_scales) > 0, "data.crop_scales", "needs at least one scale")
         for scale in self.crop_scales:
-            _check(0 < scale <= 1, "data.crop_scales", f"scales must be in (0, 1], got {scale}")
+            check(0 < scale <= 1, "data.crop_scales", f"scales must be in (0, 1], got {scale}")
+        low, high = self.crop_area
+        check(0 < low <= high <= 1, "data.crop_area", f"must be ascending in (0, 1], got {low}, {high}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,11 +219,11 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for key in ("base_lr", "eps", "layer_decay"):
-            _check(getattr(self, key) > 0, f"optim.{key}", f"must be positive, got {getattr(self, key)}")
+            check(getattr(self, key) > 0, f"optim.{key}", f"must be positive, got {getattr(self, key)}")
         for key in ("min_lr", "warmup_lr", "warmup_epochs", "warmup_steps", "weight_decay"):
-            _check((getattr(self, key) or 0) >= 0, f"optim.{key}", f"must not be negative, got {getattr(self, key)}")
-        _check(all(0 <= b < 1 for b in self.betas), "optim.betas", f"must be in [0, 1), got {self.betas}")
-        _check(self.layer_decay <= 1, "optim.layer_decay", f"must be at most 1, got {self.layer_decay}")
+            check((getattr(self, key) or 0) >= 0, f"optim.{key}", f"must not be negative, got {getattr(self, key)}")
+        check(all(0 <= b < 1 for b in self.betas), "optim.betas", f"must be in [0, 1), got {self.betas}")
+        check(self.layer_decay <= 1, "optim.layer_decay", f"must be at most 1, got {self.layer_decay}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,9 +245,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for key in ("micro_batch", "global_batch", "epochs", "max_steps", "log_every_steps", "max_bad_steps"):
             value = getattr(self, key)
-            _check(value is None or value > 0, f"train.{key}", f"must be positive, got {value}")
+            check(value is None or value > 0, f"train.{key}", f"must be positive, got {value}")
         for key in ("save_every_steps", "seed", "max_minutes"):
-            _check(getattr(self, key) >= 0, f"train.{key}", f"must not be negative, got {getattr(self, key)}")
+            check(getattr(self, key) >= 0, f"train.{key}", f"must not be negative, got {getattr(self, key)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from everest_ds.config.finetuning import ClassifierConfig
 from everest_ds.config.schema import ModelConfig, Recipe, TrainConfig
 from everest_ds.memory.gpus import GB
 from everest_ds.memory.official import official_plan
@@ -87,8 +88,10 @@ def _figures(rows: Rows, key: str) -> str:
 @lru_cache(maxsize=64)
 def _macs(figure: Compute) -> int:
     if figure.phase == "finetune":
-        config = ModelConfig(size=figure.model, keep_ratio=figure.keep_ratio, frames=figure.frames)
-        return forward_macs(lambda c: VideoClassifier(c, classes=CLASSES), config)
+        return forward_macs(
+            VideoClassifier,
+            ClassifierConfig(size=figure.model, keep_ratio=figure.keep_ratio, frames=figure.frames, classes=CLASSES),
+        )
     config = ModelConfig(
         method=figure.method,  # type: ignore[arg-type]
         size=figure.model,

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from everest_ds.config.finetuning import ClassifierConfig
+from everest_ds.config.load import build, to_tree
 from everest_ds.config.schema import ModelConfig
 from everest_ds.memory.autocast import cuda_like_autocast
 from everest_ds.memory.kernels import cuda_workspace_bytes, result_bytes
@@ -258,7 +260,8 @@ def _build(spec: TraceSpec) -> nn.Module:
     if spec.classes is None:
         model = MaskedAutoencoder(spec.model, **options)
     else:
-        model = VideoClassifier(spec.model, classes=spec.classes, **options)
+        keys = to_tree(spec.model) | {"classes": spec.classes, "selector": "auto"}
+        model = VideoClassifier(build(ClassifierConfig, keys), **options)
     for parameter in model.parameters():
         # As DeepSpeed casts (runtime/engine.py, _cast_module_mixed_precision): parameters, not buffers.
         parameter.data = parameter.data.to(DTYPES[spec.precision])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from everest_ds.config.schema import ModelConfig
+from everest_ds.config.errors import UserError
+from everest_ds.config.finetuning import ClassifierConfig
 from everest_ds.models.backbone import Checkpoint, Encoder, initialise, norm, recompute
-from everest_ds.models.selection import importance, most_important
+from everest_ds.models.selection import RANKINGS, importance
 from everest_ds.tokens import TokenBudget
 
 _HEAD_DEVIATION = 0.02
@@ -17,34 +20,47 @@ _HEAD_DEVIATION = 0.02
 class VideoClassifier(Encoder):
     """Classify clips from the ``keep_ratio`` share of their tokens that change most (EVEREST, section 4.3).
 
-    No randomness: the same clip always gives the same logits. At a keep ratio of 1 every token enters.
+    No randomness but drop path in training: the same clip always gives the same logits. At a keep ratio of 1 every
+    token enters.
+
+    Args:
+        config: the settings; ``classes`` must be a number.
+        device_type: where it will run; decides what ``attention=auto`` means.
+        checkpoint: activation-checkpointing function; None means torch's.
+
+    Raises:
+        UserError: the number of classes is missing, or no token would be left.
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        classes: int,
-        device_type: str = "cpu",
-        checkpoint: Checkpoint | None = None,
-        drop_path: float = 0.0,
+        self, config: ClassifierConfig, *, device_type: str = "cpu", checkpoint: Checkpoint | None = None
     ) -> None:
+        if config.classes is None:
+            raise UserError("model.classes: a classifier needs the number of its classes")
         budget = TokenBudget.for_classification(config)
         super().__init__(
-            config, budget, device_type=device_type, checkpoint=checkpoint or recompute, drop_path=drop_path
+            config, budget, device_type=device_type, checkpoint=checkpoint or recompute, drop_path=config.drop_path
         )
         self.config, self.budget = config, budget
         self.fc_norm = norm(config.row.width)
-        self.head = nn.Linear(config.row.width, classes)
+        self.head = nn.Linear(config.row.width, config.classes)
         self.apply(initialise)
         trunc_normal_(self.head.weight, std=_HEAD_DEVIATION)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers for layer-wise decay, in timm's form: embedding, each block, and the rest."""
+        return {
+            "stem": r"^patch_embed",
+            "blocks": r"^blocks" if coarse else [(r"^blocks\.(\d+)", None), (r"^(?:fc_norm|head)\.", (99999,))],
+        }
 
     def select(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Indices of the kept tokens, (B, V) ascending, and no targets."""
         if self.budget.visible == self.budget.total:
             kept = torch.arange(self.budget.total, device=tokens.device).expand(len(tokens), -1)
         else:
-            kept = most_important(importance(tokens, self.budget.slots), self.budget.visible).sort(dim=1).values
+            scores = importance(tokens, self.budget.slots)
+            kept = RANKINGS[self.config.resolved_selector](scores, self.budget.visible).sort(dim=1).values
         return kept, kept[:, :0]
 
     def kept_indices(self, clips: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdp
 from everest_ds.config.schema import ModelConfig
 from everest_ds.models.patches import CHANNELS
 
+AnyModel = TypeVar("AnyModel", bound=ModelConfig)
+
 
 @register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
 def _cpu_flash_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -20,7 +22,7 @@ def _cpu_flash_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
     return sdpa_flop_count(query, key, value)
 
 
-def forward_macs(build: Callable[[ModelConfig], nn.Module], config: ModelConfig) -> int:
+def forward_macs(build: Callable[[AnyModel], nn.Module], config: AnyModel) -> int:
     """Multiply-accumulates of one clip's forward pass.
 
     Matrix products, convolutions and attention products, as papers count them (FLOPs / 2); norms, softmax and

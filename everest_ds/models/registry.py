@@ -9,14 +9,13 @@ from typing import Any
 from timm.models import register_model
 
 from everest_ds.config.errors import UserError
+from everest_ds.config.finetuning import ClassifierConfig
 from everest_ds.config.load import build
 from everest_ds.config.schema import ModelConfig
 from everest_ds.config.sizes import SIZES
 from everest_ds.models.autoencoder import MaskedAutoencoder
 from everest_ds.models.backbone import Checkpoint
 from everest_ds.models.classifier import VideoClassifier
-
-_FINETUNE_KEEP_RATIO = 0.6  # paper, Table 8
 
 
 def create_model(
@@ -52,8 +51,8 @@ def _autoencoder_entry(size: str, method: str) -> Callable[..., MaskedAutoencode
 
 def _classifier_entry(size: str) -> Callable[..., VideoClassifier]:
     def entry(num_classes: int = 1000, drop_path_rate: float = 0.0, **options: Any) -> VideoClassifier:
-        keys = {"size": size, "keep_ratio": _FINETUNE_KEEP_RATIO, **_without_timm(options)}
-        return VideoClassifier(build(ModelConfig, keys, "model."), classes=num_classes, drop_path=drop_path_rate)
+        keys = {"size": size, "classes": num_classes, "drop_path": drop_path_rate, **_without_timm(options)}
+        return VideoClassifier(build(ClassifierConfig, keys, "model."))
 
     return _named(entry, f"everest_{size}", f"Video classifier with ReRo token dropping, {size}.")
 

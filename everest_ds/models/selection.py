@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -38,9 +39,18 @@ def most_important(scores: Tensor, count: int) -> Tensor:
     return scores.argsort(dim=1, descending=True, stable=True)[:, :count]
 
 
-def rero(tokens: Tensor, noise: Tensor, budget: TokenBudget) -> tuple[Tensor, Tensor]:
-    """Keep the most important tokens; of those, the ones with the least noise are visible (section 4.1)."""
-    kept = most_important(importance(tokens, budget.slots), budget.kept)
+def least_important(scores: Tensor, count: int) -> Tensor:
+    """Indices of the ``count`` lowest scores, lowest first, ties by index: the control of the paper's Table 16."""
+    return scores.argsort(dim=1, stable=True)[:, :count]
+
+
+# What a selector keeps: (B, N) importance and a count to (B, count) indices, in order of rank.
+RANKINGS: dict[str, Callable[[Tensor, int], Tensor]] = {"rero": most_important, "least": least_important}
+
+
+def by_importance(ranking: str, tokens: Tensor, noise: Tensor, budget: TokenBudget) -> tuple[Tensor, Tensor]:
+    """Keep the first tokens of a ranking; of those, the ones with the least noise are visible (section 4.1)."""
+    kept = RANKINGS[ranking](importance(tokens, budget.slots), budget.kept)
     return _split(kept.gather(1, noise[:, : budget.kept].argsort(dim=1, stable=True)), budget.visible)
 
 
@@ -71,7 +81,12 @@ class Selector:
 
 
 SELECTORS: dict[str, Selector] = {
-    "rero": Selector(choose=rero, reads_embeddings=True, noise_length=lambda budget: budget.kept),
+    **{
+        ranking: Selector(
+            choose=partial(by_importance, ranking), reads_embeddings=True, noise_length=lambda budget: budget.kept
+        )
+        for ranking in RANKINGS
+    },
     "tube": Selector(choose=tube, reads_embeddings=False, noise_length=lambda budget: budget.per_slot),
     "random": Selector(choose=uniform, reads_embeddings=False, noise_length=lambda budget: budget.total),
 }

@@ -16,8 +16,9 @@ from everest_ds.config.ds_config import Facts, resolve_ds_config
 from everest_ds.config.errors import UserError
 from everest_ds.config.schema import Recipe
 from everest_ds.models import MaskedAutoencoder
+from everest_ds.models.parameter_groups import parameter_groups
 from everest_ds.training import ranks
-from everest_ds.training.optim import build_optimizer, parameter_groups
+from everest_ds.training.optim import build_optimizer
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def initialise(model: nn.Module, recipe: Recipe, ds_config: dict[str, Any]) -> B
     ds = dict(ds_config)
     deepspeed.checkpointing.configure(None, deepspeed_config=ds)
     optimizer, line = build_optimizer(model, recipe.optim, ds)
-    parameters = None if optimizer else parameter_groups(model, recipe.optim.weight_decay)
+    parameters = None if optimizer else parameter_groups(model, recipe.optim.weight_decay, recipe.optim.layer_decay)
     try:
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, model_parameters=parameters, config=ds, dist_init_required=False

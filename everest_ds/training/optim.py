@@ -1,4 +1,4 @@
-"""AdamW: its parameter groups, and which implementation runs it here."""
+"""AdamW: which implementation runs it here."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
-from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.optim import Optimizer
 
 from everest_ds.config.ds_config import offloads_optimizer
 from everest_ds.config.errors import UserError
 from everest_ds.config.schema import OptimConfig
+from everest_ds.models.parameter_groups import parameter_groups
 
-# Exempt from weight decay besides vectors (official skip list).
-_NO_DECAY = ("mask_token",)
 _ADAM_TYPES = ("adam", "adamw")
 
 
@@ -32,11 +30,6 @@ class Adam:
     name: str
     obstacle: Callable[[], str]
     build: Callable[..., Optimizer]
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices with weight decay; vectors and the mask token without (official rule)."""
-    return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=_NO_DECAY)
 
 
 def missing_compiler() -> str:
@@ -147,7 +140,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, ds: dict[str, Any]) ->
         del ds["optimizer"]
     adam, why = choose_adam(optim.implementation, offloads_optimizer(ds))
     try:
-        optimizer = adam.build(parameter_groups(model, options["weight_decay"]), **options)
+        optimizer = adam.build(parameter_groups(model, options["weight_decay"], optim.layer_decay), **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"ds_config optimizer.params: {error}") from error
     return optimizer, f"optimizer: {adam.name} ({why})"

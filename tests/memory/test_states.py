@@ -9,7 +9,7 @@ from everest_ds.memory.setting import FlatGroup, ZeroSetting, groups_of
 from everest_ds.memory.states import states
 from everest_ds.memory.trace import Parameter, TraceSpec, trace_step
 from everest_ds.models import create_model
-from everest_ds.training.optim import parameter_groups
+from everest_ds.models.parameter_groups import parameter_groups
 
 MODEL = ModelConfig(size="vit_micro", image_size=48)
 

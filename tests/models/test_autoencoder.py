@@ -4,11 +4,12 @@ import torch
 
 import everest_ds
 from everest_ds.config.errors import UserError
+from everest_ds.config.finetuning import ClassifierConfig
 from everest_ds.config.schema import ModelConfig
 from everest_ds.config.sizes import SIZES
 from everest_ds.models import MaskedAutoencoder, VideoClassifier
 from everest_ds.models.patches import patchify, unpatchify
-from everest_ds.models.selection import importance, rero
+from everest_ds.models.selection import SELECTORS, importance
 from everest_ds.tokens import TokenBudget
 
 METHODS = ("everest", "videomae")
@@ -20,14 +21,15 @@ def clips(config: ModelConfig, batch: int = 2) -> torch.Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
-def small(**settings) -> ModelConfig:
-    return ModelConfig(**({"size": "vit_micro", "image_size": 48, "decoder_depth": 2} | settings))
+def small(kind=ModelConfig, **settings) -> ModelConfig:
+    return kind(**({"size": "vit_micro", "image_size": 48, "decoder_depth": 2} | settings))
 
 
 SHAPES = [
     small(),
     small(method="videomae"),
     small(selector="random"),
+    small(selector="least"),
     small(positions="separable"),
     small(checkpointing="full"),
     small(frames=6, tubelet=3, image_size=40, keep_ratio=0.5),
@@ -50,8 +52,8 @@ def test_every_parameter_gets_a_gradient(config):
 
 @pytest.mark.parametrize("keep_ratio", [0.6, 1.0])
 def test_every_parameter_of_the_classifier_gets_a_gradient(keep_ratio):
-    config = small(keep_ratio=keep_ratio)
-    model = VideoClassifier(config, classes=8)
+    config = small(ClassifierConfig, keep_ratio=keep_ratio, classes=8)
+    model = VideoClassifier(config)
     model(clips(config)).logsumexp(1).sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
@@ -101,10 +103,13 @@ def test_rero_keeps_what_changes_and_resolves_ties_by_index():
     tokens = tokens.flatten(1, 2)
     assert importance(tokens, 3).nonzero()[:, 1].tolist() == [9]
     noise = torch.tensor([[0.9, 0.1, 0.2, 0.3]])
-    visible, target = rero(tokens, noise, budget)
+    visible, target = SELECTORS["rero"].choose(tokens, noise, budget)
     # Kept: 9, then the ties in order: 0, 1, 2. Token 9 drew the most noise.
     assert visible.tolist() == [[0, 1]]
     assert target.tolist() == [[2, 9]]
+    visible, target = SELECTORS["least"].choose(tokens, noise, budget)
+    # Kept: 0 to 3, all tied.
+    assert (visible.tolist(), target.tolist()) == ([[1, 2]], [[0, 3]])
 
 
 def test_importance_is_computed_in_fp32_whatever_the_precision():

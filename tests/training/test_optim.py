@@ -6,10 +6,12 @@ from golden_fixtures import facts
 from launching import run
 
 from everest_ds.config.errors import UserError
+from everest_ds.config.finetuning import ClassifierConfig
 from everest_ds.config.schema import ModelConfig
-from everest_ds.models import MaskedAutoencoder
+from everest_ds.models import MaskedAutoencoder, VideoClassifier
+from everest_ds.models.parameter_groups import parameter_groups
 from everest_ds.training import optim
-from everest_ds.training.optim import ADAMS, choose_adam, parameter_groups, which_apex
+from everest_ds.training.optim import ADAMS, choose_adam, which_apex
 
 
 def test_weight_decay_falls_on_what_the_official_groups_decay():
@@ -22,6 +24,24 @@ def test_weight_decay_falls_on_what_the_official_groups_decay():
         renamed = name.replace("patch_embed.proj.", "patch_embed.").replace("q_bias", "qkv.bias")
         if not name.endswith("v_bias"):
             assert ours[renamed] == (entry["weight_decay"] == "yes"), name
+
+
+def test_layers_learn_at_the_official_rates():
+    """A 12-layer classifier: rate and decay of every parameter, and the number of groups."""
+    official = facts("lr_schedule")["layer_decay"]
+    assert official["num_layers"] == 12
+    with torch._subclasses.FakeTensorMode():
+        model = VideoClassifier(ClassifierConfig(size="vit_small", classes=10))
+        groups = parameter_groups(model, 0.05, official["decay"])
+    assert len(groups) == official["num_groups"]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    ours = {names[id(p)]: group for group in groups for p in group["params"]}
+    assert len(ours) == len(names)
+    for name, entry in official["parameters"].items():
+        renamed = name.replace("patch_embed.proj.", "patch_embed.").replace("q_bias", "qkv.bias")
+        if not name.endswith("v_bias"):
+            assert ours[renamed]["lr_scale"] == pytest.approx(entry["lr_scale"], rel=1e-12), name
+            assert (ours[renamed]["weight_decay"] > 0) == (entry["weight_decay"] == "yes"), name
 
 
 def test_a_missing_compiler_leads_to_torch_with_the_reason(monkeypatch):
