@@ -29,6 +29,9 @@ class TokenBudget:
 
     ``slots x rows x columns`` is the grid (time, height, width). ``visible`` tokens enter the encoder,
     ``reconstructed`` ones are the targets, ``dropped`` ones are neither; ``kept = visible + reconstructed``.
+
+    Frame selection takes ``slots`` of ``candidate_slots`` slots by where the ``candidate_kept`` most important tokens
+    of all candidates are (0: as without it, ``slots`` and ``kept``).
     """
 
     slots: int
@@ -36,6 +39,13 @@ class TokenBudget:
     columns: int
     visible: int
     reconstructed: int
+    candidate_slots: int = 0
+    candidate_kept: int = 0
+
+    def __post_init__(self) -> None:
+        # Without frame selection the clip is its own only candidate.
+        for key, default in (("candidate_slots", self.slots), ("candidate_kept", self.kept)):
+            object.__setattr__(self, key, getattr(self, key) or default)
 
     @property
     def per_slot(self) -> int:
@@ -57,6 +67,21 @@ class TokenBudget:
         """Tokens that are neither encoded nor reconstructed."""
         return self.total - self.kept
 
+    @property
+    def selects_frames(self) -> bool:
+        """Whether some slots that are read are not trained on (paper, section 4.2)."""
+        return self.candidate_slots > self.slots
+
+    @property
+    def slot_noise(self) -> int:
+        """Uniform numbers of a clip that decide which slots are taken."""
+        return self.candidate_slots if self.selects_frames else 0
+
+    @property
+    def clip_noise(self) -> int:
+        """Uniform numbers that travel with a clip: enough for any token selection, and for frame selection."""
+        return self.total + self.slot_noise
+
     @classmethod
     def for_pretraining(cls, model: ModelConfig) -> TokenBudget:
         """Count for a pre-training step (paper, section 4.1).
@@ -69,19 +94,27 @@ class TokenBudget:
         """
         side = model.image_size // model.patch_pixels
         per_slot, total = side * side, model.slots * side * side
+        keep_ratio = model.keep_ratio if model.resolved_selector in IMPORTANCE_SELECTORS else 1.0
+        kept = share(keep_ratio, total)
         if model.resolved_selector == "tube":
             # VideoMAE rounds the masked places down, so the visible ones up.
             visible = model.slots * (per_slot - share(1 - model.visible_ratio, per_slot))
-            kept = total
         else:
             visible = share(model.visible_ratio, total)
-            kept = share(model.keep_ratio, total) if model.resolved_selector in IMPORTANCE_SELECTORS else total
         if visible < 1 or kept <= visible:
             raise UserError(
                 f"model.visible_ratio: of {total} tokens {visible} would be visible and {kept - visible} "
                 "reconstructed; each needs at least one"
             )
-        return cls(slots=model.slots, rows=side, columns=side, visible=visible, reconstructed=kept - visible)
+        return cls(
+            slots=model.slots,
+            rows=side,
+            columns=side,
+            visible=visible,
+            reconstructed=kept - visible,
+            candidate_slots=model.candidate_slots,
+            candidate_kept=share(keep_ratio, model.candidate_slots * per_slot),
+        )
 
     @classmethod
     def for_classification(cls, model: ModelConfig) -> TokenBudget:

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from everest_ds.config.errors import UserError
-from everest_ds.config.schema import ModelConfig
+from everest_ds.config.schema import FrameSelectionConfig, ModelConfig
 from everest_ds.tokens import TokenBudget, share
 
 
@@ -23,6 +23,19 @@ def test_counts_of_a_pretraining_step(settings, visible, reconstructed, dropped)
     budget = TokenBudget.for_pretraining(ModelConfig(**settings))
     assert (budget.visible, budget.reconstructed, budget.dropped) == (visible, reconstructed, dropped)
     assert budget.total == visible + reconstructed + dropped
+
+
+def test_frame_selection_counts_candidates():
+    off = TokenBudget.for_pretraining(ModelConfig(keep_ratio=0.5))
+    assert (off.candidate_slots, off.candidate_kept, off.selects_frames) == (8, 784, False)
+    assert (off.slot_noise, off.clip_noise) == (0, 1568)
+    alpha = FrameSelectionConfig(alpha=1.5)
+    on = TokenBudget.for_pretraining(ModelConfig(keep_ratio=0.5, frame_selection=alpha))
+    assert (on.candidate_slots, on.candidate_kept, on.selects_frames) == (12, 1176, True)
+    assert (on.slot_noise, on.clip_noise) == (12, 1580)
+    assert (on.slots, on.visible, on.reconstructed) == (off.slots, off.visible, off.reconstructed)
+    assert TokenBudget(slots=3, rows=1, columns=4, visible=2, reconstructed=2).candidate_kept == 4
+    assert TokenBudget.for_pretraining(ModelConfig(method="videomae")).candidate_kept == 1568
 
 
 def test_counts_of_a_classifier():

@@ -135,3 +135,7 @@ class FinetuneRecipe(Recipe):
     train: FinetuneTrainConfig = section(FinetuneTrainConfig, "length, batches, weights, outputs")
     augment: AugmentConfig = section(AugmentConfig, "augmentation of clips and labels")
     test: TestConfig = section(TestConfig, "multi-view testing")
+
+
+# What a run is for, and the kind of recipe that describes it.
+PHASES: dict[str, type[Recipe]] = {"pretrain": Recipe, "finetune": FinetuneRecipe}

@@ -126,6 +126,12 @@ class ModelConfig:
             "that are not visible are what is reconstructed",
         )
         check(self.slots >= 2, "model.frames", "ReRo compares a slot with the one before: at least 2 slots")
+        alpha = self.frame_selection.alpha
+        check(
+            alpha == 1 or self.candidate_slots > self.slots,
+            "model.frame_selection.alpha",
+            f"{alpha} x {self.slots} slots leaves none to choose from; at least {1 + 1 / self.slots:g}",
+        )
 
     @property
     def row(self) -> Size:

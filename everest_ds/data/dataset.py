@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,13 +15,16 @@ from everest_ds.config.schema import DataConfig
 from everest_ds.data.decode import DecodeError, decode, require_decoder
 from everest_ds.data.manifest import Entry
 from everest_ds.data.randomness import Stream, generator
-from everest_ds.data.sampling import draw_start, even_start, frame_ids
-from everest_ds.data.transforms import centre_crop, cut, draw_crop
+from everest_ds.data.sampling import SAMPLINGS
+from everest_ds.data.transforms import RANDOM_CROPS, cut, square_crops
 
 # Videos tried for one sample, itself included. With a tenth of them unreadable, ten in a row fail once in 1e10.
 MAX_ATTEMPTS = 10
 NO_LABEL = -1
 LOST = -1
+
+ClipTransform = Callable[[torch.Tensor, np.random.Generator], torch.Tensor]
+"""Maps a clip, uint8 (3, T, S, S), to another; all it draws comes from the generator."""
 
 
 class Failure(NamedTuple):
@@ -52,16 +55,19 @@ class ClipDataset(Dataset[Sample]):
 
     Args:
         entries: the videos.
-        data: stride, clips_per_video, decoder, crops and flip.
+        data: sampling and stride, clips_per_video, decoder, crop and flip.
         frames: T, frames of a clip.
         image_size: S, pixels.
-        tokens: N, the length of the uniform noise that travels with each clip.
+        tokens: N, the length of the uniform noise that travels with each clip; may be 0.
         seed: the run's.
-        augment: random start, crop and flip; False: evenly spread starts and the centre square, for evaluation.
+        augment: random frames, crop and flip, then ``transform``; False: evenly spread clips and squares.
+        transform: what else is done to a random clip.
+        crops: squares of each clip where nothing is random, spread along the long side; 1: the centre.
         attempts: videos tried for one sample; 1 never substitutes, as evaluation must.
 
     Raises:
         UserError: the decoder's library is missing.
+        ValueError: several crops of a random clip.
     """
 
     def __init__(
@@ -74,20 +80,68 @@ class ClipDataset(Dataset[Sample]):
         tokens: int,
         seed: int,
         augment: bool = True,
+        transform: ClipTransform | None = None,
+        crops: int = 1,
         attempts: int = MAX_ATTEMPTS,
     ) -> None:
         require_decoder(data.decoder)
+        if augment and crops != 1:
+            raise ValueError("a random clip has one crop")
         self.data = data
         self._frames, self._size, self._tokens = frames, image_size, tokens
         self._seed, self._augment, self._attempts = seed, augment, attempts
+        self._sampling = SAMPLINGS[data.sampling](data, frames)
+        self._draw_crop = RANDOM_CROPS[data.crop](data, image_size)
+        self._transform, self._crops = transform, crops
         self._paths = _PackedText(entry.path for entry in entries)
         labels = (NO_LABEL if entry.label is None else entry.label for entry in entries)
         self._labels = np.fromiter(labels, dtype=np.int64, count=len(entries))
         # Per worker, the video that it is reading, -1 between samples: the name to give when one hangs or dies.
         self.reading = torch.full((max(1, data.workers),), LOST).share_memory_()
 
+    @classmethod
+    def for_evaluation(
+        cls,
+        entries: Sequence[Entry],
+        data: DataConfig,
+        *,
+        frames: int,
+        image_size: int,
+        clips: int = 1,
+        crops: int = 1,
+    ) -> ClipDataset:
+        """Return a dataset without randomness and noise: ``clips * crops`` views of every video, clip by clip.
+
+        Args:
+            entries: the videos; none stands in for another.
+            data: as for training, but for clips_per_video, crop and flip, which don't matter here.
+            frames: T, frames of a clip.
+            image_size: S, pixels.
+            clips: clips of a video, spread over its length; 1: the middle.
+            crops: squares of a clip, spread along the long side; 1: the centre.
+
+        Raises:
+            UserError: the decoder's library is missing.
+        """
+        return cls(
+            entries,
+            replace(data, clips_per_video=clips),
+            frames=frames,
+            image_size=image_size,
+            tokens=0,
+            seed=0,
+            augment=False,
+            crops=crops,
+            attempts=1,
+        )
+
     def __len__(self) -> int:
         return len(self._labels)
+
+    @property
+    def views(self) -> int:
+        """V, views of one video in a sample."""
+        return self.data.clips_per_video * self._crops
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -106,7 +160,7 @@ class ClipDataset(Dataset[Sample]):
             self._mark(LOST)
 
     def _sample(self, epoch: int, index: int) -> Sample:
-        noise = torch.from_numpy(np.stack([self._noise(epoch, index, view) for view in range(self._views)]))
+        noise = torch.from_numpy(np.stack([self._noise(epoch, index, view) for view in range(self.views)]))
         bad: list[Failure] = []
         for video in self._candidates(epoch, index):
             self._mark(video)
@@ -117,12 +171,8 @@ class ClipDataset(Dataset[Sample]):
             else:
                 return Sample(clips, noise, int(self._labels[video]), video, bad)
         # Said in the sample, not raised: the loader would wrap an exception in a worker's trace.
-        black = torch.zeros((self._views, 3, self._frames, self._size, self._size), dtype=torch.uint8)
+        black = torch.zeros((self.views, 3, self._frames, self._size, self._size), dtype=torch.uint8)
         return Sample(black, noise, NO_LABEL, LOST, bad)
-
-    @property
-    def _views(self) -> int:
-        return self.data.clips_per_video
 
     def _noise(self, epoch: int, index: int, view: int) -> NDArray[np.float32]:
         return generator(Stream.NOISE, self._seed, epoch, index, view).random(self._tokens, dtype=np.float32)
@@ -145,29 +195,33 @@ class ClipDataset(Dataset[Sample]):
 
     def _clips(self, epoch: int, index: int, video: int) -> torch.Tensor:
         """Return the views uint8 (V, 3, T, S, S) of ``video``, drawn as those of sample ``index``."""
-        rngs = [generator(Stream.VIEW, self._seed, epoch, index, view) for view in range(self._views)]
+        return self._drawn(epoch, index, video) if self._augment else self._spread(video)
 
-        def choose(length: int) -> NDArray[np.int64]:
-            starts = [self._start(length, view, rng) for view, rng in enumerate(rngs)]
-            return np.concatenate([frame_ids(length, s, self._frames, self.data.stride) for s in starts])
+    def _drawn(self, epoch: int, index: int, video: int) -> torch.Tensor:
+        keys = [(self._seed, epoch, index, view) for view in range(self.views)]
+        rngs = [generator(Stream.VIEW, *key) for key in keys]
+        clips = self._decode(video, lambda length: [self._sampling.draw(length, rng) for rng in rngs])
+        return torch.stack([self._augmented(*view) for view in zip(clips, rngs, keys, strict=True)])
 
-        frames = decode(self.path(video), choose, self.data.decoder)
-        views = np.split(frames, self._views)
-        return torch.stack([self._view(view, rng) for view, rng in zip(views, rngs, strict=True)])
-
-    def _start(self, length: int, view: int, rng: np.random.Generator) -> int:
-        if self._augment:
-            return draw_start(length, self._frames, self.data.stride, rng)
-        return even_start(length, self._frames, self.data.stride, view, self._views)
-
-    def _view(self, frames: NDArray[np.uint8], rng: np.random.Generator) -> torch.Tensor:
+    def _augmented(
+        self, frames: NDArray[np.uint8], rng: np.random.Generator, key: tuple[int, int, int, int]
+    ) -> torch.Tensor:
         height, width = frames.shape[1:3]
-        if self._augment:
-            scales, flip = self.data.crop_scales, self.data.flip
-            crop = draw_crop(height, width, self._size, scales=scales, flip=flip, rng=rng)
-        else:
-            crop = centre_crop(height, width)
-        return cut(frames, crop, self._size)
+        clip = cut(frames, self._draw_crop(height, width, rng=rng), self._size)
+        return clip if self._transform is None else self._transform(clip, generator(Stream.AUGMENT, *key))
+
+    def _spread(self, video: int) -> torch.Tensor:
+        views = self.data.clips_per_video
+        clips = self._decode(video, lambda length: [self._sampling.spread(length, v, views) for v in range(views)])
+        height, width = clips[0].shape[1:3]
+        crops = square_crops(height, width, self._crops)
+        return torch.stack([cut(clip, crop, self._size) for clip in clips for crop in crops])
+
+    def _decode(self, video: int, choose: Callable[[int], list[NDArray[np.int64]]]) -> list[NDArray[np.uint8]]:
+        """Return the frames (T, H, W, 3) of each of the clips that ``choose`` picks knowing the number of frames."""
+        path, decoder = self.path(video), self.data.decoder
+        frames = decode(path, lambda length: np.concatenate(choose(length)), decoder)
+        return np.split(frames, self.data.clips_per_video)
 
 
 class _PackedText:

@@ -28,9 +28,9 @@ Key = tuple[int, int]
 class Batch(NamedTuple):
     """Clips of one rank and one pass; B counts clips, the views of a video side by side.
 
-    ``clips`` uint8 (B, 3, T, H, W); ``noise`` float32 (B, N); ``labels`` int64 (B,), -1: none; ``index`` int64 (B,)
-    of the videos, -1: lost; ``bad`` the videos that failed on the way; ``lost`` the samples for which no video could be
-    read.
+    ``clips`` uint8 (B, 3, T, H, W); ``noise`` float32 (B, N), in evaluation N is 0; ``labels`` int64 (B,), -1: none;
+    ``index`` int64 (B,) of the videos, -1: lost; ``bad`` the videos that failed on the way; ``lost`` the samples for
+    which no video could be read.
     """
 
     clips: torch.Tensor
@@ -226,7 +226,7 @@ class BadSamples:
 
     Args:
         max_share: data.max_bad_share.
-        clips_per_video: views per video, to count videos in a batch.
+        clips_per_video: views per video (``ClipDataset.views``), to count videos in a batch.
         lost_ends: False for evaluation, which never substitutes and where a lost sample is just a bad one.
         key: the setting that named the manifest, for messages.
     """

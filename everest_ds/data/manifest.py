@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -78,6 +79,36 @@ def read_manifest(path: str | Path, root: str | Path | None = None, *, key: str 
     # Text, not pathlib: a manifest may have millions of lines.
     prefix = "" if str(base) == "." else str(base).rstrip("/") + "/"
     return [Entry(name if name.startswith("/") else prefix + name, label) for name, label in names]
+
+
+def count_classes(entries: Iterable[Entry]) -> int:
+    """Return the largest label plus one: labels count from 0. Without any label, 0."""
+    return 1 + max((entry.label for entry in entries if entry.label is not None), default=-1)
+
+
+def check_labels(entries: Iterable[Entry], classes: int, *, key: str) -> None:
+    """Check that every video has a label that a classifier of so many classes knows.
+
+    Args:
+        entries: the videos.
+        classes: labels are 0 ... classes - 1.
+        key: the setting that named the manifest, for messages.
+
+    Raises:
+        UserError: a label is missing or out of range; names the first such video.
+    """
+    known = f"0 ... {classes - 1}" if classes else "0, 1, ..."
+    for path, label in ((entry.path, entry.label) for entry in entries):
+        if label is None:
+            raise UserError(
+                f"{key}: {path} has no label; a classifier needs one of {known} for every video: "
+                "write lines 'path,label' in the manifest"
+            )
+        if not 0 <= label < classes:
+            raise UserError(
+                f"{key}: {path} has label {label}, but the classifier knows classes {known}; correct the manifest, or "
+                f"train a head of more classes (model.classes={label + 1}, train.new_head=true)"
+            )
 
 
 def _read_text(manifest: Path, key: str) -> str:

@@ -19,6 +19,8 @@ class Stream(enum.IntEnum):
     NOISE = 2  # (seed, epoch, index, view): the noise that travels with the clip
     SUBSTITUTE = 3  # (seed, epoch, index, attempt): which video replaces an unreadable one
     SYNTHETIC = 4  # (seed, index): a synthetic video
+    AUGMENT = 5  # (seed, epoch, index, view): RandAugment, random erasing
+    STEP = 6  # (seed, step, rank): what is drawn on the device, drop path and mixing
 
 
 def generator(stream: Stream, *key: int) -> np.random.Generator:

@@ -1,18 +1,23 @@
-"""MultiScaleCrop and flip: one crop per clip, drawn as plain numbers, then cut from uint8 frames.
+"""Crops and flip: one crop per clip, drawn as plain numbers, then cut from uint8 frames.
 
 Frames stay uint8 until they are on the device; normalisation happens there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
+
+from everest_ds.config.schema import DataConfig
 
 # Sides whose places in the list of scales differ by at most this make a crop: keeps it near to square.
 MAX_DISTORT = 1
@@ -57,20 +62,69 @@ def crop_places(height: int, width: int, shape: tuple[int, int]) -> list[tuple[i
 def draw_crop(
     height: int, width: int, out: int, *, scales: Sequence[float], flip: bool, rng: np.random.Generator
 ) -> Crop:
-    """Return a crop drawn uniformly over shapes, then places; mirrored half of the time if ``flip``."""
+    """Return a MultiScaleCrop, drawn uniformly over shapes, then places; mirrored half of the time if ``flip``."""
     shapes = crop_shapes(height, width, out, scales)
     shape = shapes[rng.integers(len(shapes))]
     places = crop_places(height, width, shape)
     place = places[rng.integers(len(places))]
+    return Crop(*place, *shape, flip=_draw_flip(flip, rng))
+
+
+def draw_resized_crop(
+    height: int, width: int, *, area: tuple[float, float], flip: bool, rng: np.random.Generator
+) -> Crop:
+    """Return a crop by the rule of torchvision's RandomResizedCrop; mirrored half of the time if ``flip``.
+
+    Its share of the frame is uniform in ``area``, its aspect (width by height) log-uniform in 3/4 ... 4/3; where ten of
+    these don't fit, it is the largest in the centre that has a permitted aspect.
+    """
+    # The rule alone is wanted, not what it does with a size.
+    rule = RandomResizedCrop(1, scale=area)
+    with torch_seeded(draw_seed(rng)):
+        box = rule.make_params([torch.empty(height, width, device="meta")])
+    return Crop(**box, flip=_draw_flip(flip, rng))
+
+
+def _draw_flip(flip: bool, rng: np.random.Generator) -> bool:
     # Drawn even when unused, so that switching it off changes nothing else.
-    mirrored = bool(rng.random() < 0.5)
-    return Crop(*place, *shape, flip=flip and mirrored)
+    return bool(rng.random() < 0.5) and flip
 
 
-def centre_crop(height: int, width: int) -> Crop:
-    """Return the largest square in the middle of a frame."""
+class DrawCrop(Protocol):
+    """A rule that draws the crop of a clip from the height and width of its frames."""
+
+    def __call__(self, height: int, width: int, *, rng: np.random.Generator) -> Crop:
+        """Return a crop, mirrored or not."""
+
+
+RANDOM_CROPS: dict[str, Callable[[DataConfig, int], DrawCrop]] = {
+    "multiscale": lambda data, out: partial(draw_crop, out=out, scales=data.crop_scales, flip=data.flip),
+    "resized": lambda data, _: partial(draw_resized_crop, area=data.crop_area, flip=data.flip),
+}
+"""data.crop -> a function of (the data settings, the clip's pixels) that returns the rule."""
+
+
+def draw_seed(rng: np.random.Generator) -> int:
+    """Return a seed for another generator."""
+    return int(rng.integers(2**63))
+
+
+@contextlib.contextmanager
+def torch_seeded(seed: int) -> Iterator[None]:
+    """Seed torch's global CPU generator, from which torchvision draws, while this lasts; then put it back."""
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which would seed the accelerators as well, and nothing would put those back.
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def square_crops(height: int, width: int, count: int) -> list[Crop]:
+    """Return ``count`` squares of a frame's short side, evenly from end to end of the long one; alone, the centre."""
     side = min(height, width)
-    return Crop((height - side) // 2, (width - side) // 2, side, side)
+    room_y, room_x = height - side, width - side
+    if count == 1:
+        return [Crop(room_y // 2, room_x // 2, side, side)]
+    return [Crop(room_y * i // (count - 1), room_x * i // (count - 1), side, side) for i in range(count)]
 
 
 def cut(frames: NDArray[np.uint8], crop: Crop, out: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from everest_ds.config.schema import ModelConfig
-from everest_ds.models import MaskedAutoencoder
+from everest_ds.models import MaskedAutoencoder, VideoClassifier, build_network
 from everest_ds.models.backbone import Trunk
 from everest_ds.models.flops import forward_macs
 
@@ -39,19 +39,28 @@ class StepMacs:
 
 @lru_cache(maxsize=64)
 def step_macs(config: ModelConfig) -> StepMacs:
-    """Count one clip's pre-training step on the model itself.
+    """Count one clip's training step on the model itself: pre-training's, or a :class:`ClassifierConfig`'s.
 
-    Recomputed are whole blocks, as ``model.checkpointing`` says: those of the encoder, of the decoder, or both.
+    Recomputed are whole blocks, as ``model.checkpointing`` says: those of the encoder, of the decoder, or both. A
+    classifier has no decoder.
     """
-    forward = forward_macs(MaskedAutoencoder, config)
+    forward = forward_macs(build_network, config)
     with FakeTensorMode():
-        model = MaskedAutoencoder(config)
-        trunks = {
-            "encoder": (model.encoder.blocks, config.row.width, model.budget.visible),
-            "decoder": (model.decoder.blocks, config.decoder_width or 0, model.budget.kept),
-        }
+        model = build_network(config)
+        trunks = _trunks(model)
         again = {"none": (), "full": tuple(trunks)}.get(config.checkpointing, (config.checkpointing,))
-        return StepMacs(forward=forward, recomputed=sum(_trunk_macs(*trunks[name]) for name in again))
+        return StepMacs(forward=forward, recomputed=sum(_trunk_macs(*trunks[name]) for name in again if name in trunks))
+
+
+def _trunks(model: MaskedAutoencoder | VideoClassifier) -> dict[str, tuple[Trunk, int, int]]:
+    """A model's stacks of blocks, each with its width and the tokens of a clip in it."""
+    width, visible = model.config.row.width, model.budget.visible
+    if isinstance(model, VideoClassifier):
+        return {"encoder": (model.blocks, width, visible)}
+    return {
+        "encoder": (model.encoder.blocks, width, visible),
+        "decoder": (model.decoder.blocks, model.config.decoder_width or 0, model.budget.kept),
+    }
 
 
 def _trunk_macs(trunk: Trunk, width: int, tokens: int) -> int:

@@ -10,11 +10,12 @@ from typing import Any
 
 from everest_ds.config.batches import ACCUMULATION, AUTO, GLOBAL, MICRO
 from everest_ds.config.errors import UserError
+from everest_ds.config.finetuning import FinetuneRecipe
 from everest_ds.config.schema import Recipe
 from everest_ds.memory.arithmetic import FLOPS_PER_MAC, StepMacs, step_macs
 from everest_ds.memory.compare import CHECKPOINTING, check_known, plan_any_batch
 from everest_ds.memory.gpus import Capacity
-from everest_ds.memory.plan import Plan
+from everest_ds.memory.plan import Plan, name_of
 from everest_ds.models.backbone import use_fused_attention
 
 # Elements that a rank sends per parameter and step, relative to plain data parallelism: reduce-scatter and all-gather
@@ -31,6 +32,7 @@ class FitRow:
     step's matrix products alone: no run reaches it. None without a named GPU, or where it lacks the precision.
     """
 
+    phase: str
     model: str
     method: str
     ds_config: str
@@ -61,22 +63,22 @@ def fit(
     *,
     ranks: int,
     capacity: Capacity,
-    checkpointing: Iterable[str] = CHECKPOINTING,
+    checkpointing: Iterable[str] | None = None,
     accumulation: int = 1,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[FitRow]:
     """Find the largest micro-batch of every combination.
 
     Args:
-        recipe: the model; its batch numbers and checkpointing mode are left out.
+        recipe: the model, of pre-training or fine-tuning; its batch numbers and checkpointing mode are left out.
         ds_configs: name to DeepSpeed JSON as loaded.
         ranks: of the run.
         capacity: a device's memory.
-        checkpointing: which modes.
+        checkpointing: which modes; None: all that differ.
         accumulation: passes per optimizer step.
         progress: hears what is being planned.
     """
-    modes = tuple(checkpointing)
+    modes = modes_of(recipe) if checkpointing is None else tuple(checkpointing)
     check_known("checkpointing", modes, CHECKPOINTING)
     for name, number in (("world size", ranks), ("accumulation", accumulation)):
         if number < 1:
@@ -87,10 +89,15 @@ def fit(
         changed = dataclasses.replace(recipe, model=model)
         macs = step_macs(changed.model)
         for name, ds_config in ds_configs.items():
-            progress(f"{changed.model.method} {changed.model.size}, {name}, checkpointing {mode}")
+            progress(f"{name_of(changed.model)}, {name}, checkpointing {mode}")
             planned = plan_any_batch(changed, ds_config, ranks=ranks, accumulation=accumulation)
             rows.append(_row(planned, name, capacity, macs))
     return rows
+
+
+def modes_of(recipe: Recipe) -> tuple[str, ...]:
+    """The checkpointing modes that differ: a classifier has no decoder."""
+    return ("none", "encoder") if isinstance(recipe, FinetuneRecipe) else CHECKPOINTING
 
 
 def fastest(rows: Iterable[FitRow], *, least_micro_batch: int = 1) -> FitRow | None:
@@ -118,6 +125,7 @@ def _row(planned: Plan, name: str, capacity: Capacity, macs: StepMacs) -> FitRow
     largest = planned.largest_micro_batch(capacity.size_bytes)
     rate = capacity.gpu.rates.get(setting.precision) if capacity.gpu else None
     return FitRow(
+        phase="finetune" if isinstance(planned.recipe, FinetuneRecipe) else "pretrain",
         model=model.size,
         method=model.method,
         ds_config=name,

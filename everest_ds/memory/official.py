@@ -24,21 +24,18 @@ class _StepDdp(Step):
         """DDP reduced while the backward pass ran, in its buckets."""
 
 
-def official_plan(
-    recipe: Recipe, *, ranks: int, classes: int | None = None, overheads: Overheads = NONE, attention: str = "eager"
-) -> Plan:
+def official_plan(recipe: Recipe, *, ranks: int, overheads: Overheads = NONE, attention: str = "eager") -> Plan:
     """Plan one rank of the official code's training; ``ds_config`` of the result is empty.
 
     Args:
-        recipe: the model and ``train.micro_batch`` or ``train.global_batch``.
+        recipe: the model and ``train.micro_batch`` or ``train.global_batch``; of fine-tuning or pre-training.
         ranks: of the run.
-        classes: None plans pre-training, a number fine-tuning.
         overheads: besides tensors; none unless given.
         attention: "eager", as the official code; "fused" to see what SDPA would save.
     """
     model = dataclasses.replace(recipe.model, attention=attention)  # type: ignore[arg-type]
     recipe = dataclasses.replace(recipe, model=model)
-    trace = trace_step(TraceSpec(model=model, precision="autocast", device_type="cuda", classes=classes))
+    trace = trace_step(TraceSpec.of(recipe, precision="autocast"))
     setting = ZeroSetting(stage=0, precision="fp32", ranks=ranks)
     n = trace.elements
     rows = (

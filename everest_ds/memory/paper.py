@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from everest_ds.config.finetuning import ClassifierConfig
-from everest_ds.config.schema import ModelConfig, Recipe, TrainConfig
+from everest_ds.config.finetuning import ClassifierConfig, FinetuneRecipe
+from everest_ds.config.load import build
+from everest_ds.config.schema import ModelConfig, Recipe
 from everest_ds.memory.gpus import GB
 from everest_ds.memory.official import official_plan
 from everest_ds.memory.overheads import NONE
@@ -136,17 +137,18 @@ def memory_rows(
 
 
 def _plan(figure: Memory, depth: int | None, attention: str, zero2: dict[str, Any]) -> Plan:
-    model = ModelConfig(
-        method=figure.method,  # type: ignore[arg-type]
-        size=figure.model,
-        keep_ratio=figure.keep_ratio,
-        attention=attention,  # type: ignore[arg-type]
-        **({} if depth is None else {"decoder_depth": depth}),  # type: ignore[arg-type]
-    )
-    recipe = Recipe(model=model, train=TrainConfig(micro_batch=1))
+    decoder = {} if depth is None else {"decoder_depth": depth}
+    recipe = _recipe(figure, {"attention": attention, **decoder})
     if attention == "eager":
-        return official_plan(recipe, ranks=NODE_GPUS, classes=figure.classes, overheads=NONE)
-    return plan(recipe, zero2, ranks=NODE_GPUS, classes=figure.classes, overheads=NONE)
+        return official_plan(recipe, ranks=NODE_GPUS, overheads=NONE)
+    return plan(recipe, zero2, ranks=NODE_GPUS, overheads=NONE)
+
+
+def _recipe(figure: Memory, model_keys: dict[str, Any]) -> Recipe:
+    keys = {"size": figure.model, "keep_ratio": figure.keep_ratio, **model_keys}
+    if figure.classes is None:
+        return build(Recipe, {"model": {"method": figure.method, **keys}, "train": {"micro_batch": 1}})
+    return build(FinetuneRecipe, {"model": {"classes": figure.classes, **keys}, "train": {"micro_batch": 1}})
 
 
 def _memory_row(figure: Memory, depth: int | None, attention: str, planned: Plan) -> dict[str, Any]:

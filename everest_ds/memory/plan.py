@@ -17,11 +17,12 @@ import torch
 from everest_ds.config.batches import Batches
 from everest_ds.config.ds_config import Facts, resolve_ds_config
 from everest_ds.config.errors import UserError
+from everest_ds.config.finetuning import ClassifierConfig, FinetuneRecipe
 from everest_ds.config.load import to_tree
-from everest_ds.config.schema import Recipe
+from everest_ds.config.schema import ModelConfig, Recipe
 from everest_ds.memory.overheads import Overheads, overheads_for
 from everest_ds.memory.setting import ZeroSetting
-from everest_ds.memory.states import Item, states
+from everest_ds.memory.states import Item, averaged_weights, states
 from everest_ds.memory.step import Step
 from everest_ds.memory.step_zero3 import StepZero3
 from everest_ds.memory.step_zero12 import StepZero12
@@ -128,6 +129,15 @@ class Plan:
             low, high = (middle, high) if self.peak(middle) <= capacity_bytes else (low, middle)
         return low
 
+    @property
+    def name(self) -> str:
+        """What is trained, and how, in a few words."""
+        setting, batches = self.setting, self.batches
+        return (
+            f"{name_of(self.recipe.model)}, {setting.precision}, ZeRO-{setting.stage}, micro-batch {batches.micro} x "
+            f"accumulation {batches.accumulation} x ranks {batches.ranks}"
+        )
+
     def describe(self) -> dict[str, Any]:
         """The resolved configuration, as ``--json`` reports it."""
         return {
@@ -148,39 +158,40 @@ def plan(
     *,
     ranks: int,
     device_type: str = "cuda",
-    classes: int | None = None,
     rank: int | None = None,
     overheads: Overheads | None = None,
 ) -> Plan:
     """Plan one rank's memory.
 
     Args:
-        recipe: the model and the batch (``train.micro_batch`` or ``train.global_batch``).
+        recipe: the model and the batch (``train.micro_batch`` or ``train.global_batch``); of fine-tuning or
+            pre-training, as its type says.
         ds_config: a DeepSpeed JSON as loaded, its "auto" values unfilled.
         ranks: of the run.
         device_type: "cuda" or "cpu".
-        classes: None plans pre-training, a number fine-tuning of a classifier with so many classes.
         rank: whose memory; None: the rank that needs most.
         overheads: besides tensors; None: the stated ones of the device type.
 
     Raises:
-        UserError: recipe and JSON contradict each other, or the ranks don't divide the batch.
+        UserError: recipe and JSON contradict each other, the ranks don't divide the batch, or a classifier's number of
+            classes is missing.
     """
     if ranks < 1:
         raise UserError(f"world size: must be positive, got {ranks}")
-    facts = facts_for(recipe, ranks, device_type, classes)
+    facts = facts_for(recipe, ranks, device_type)
     ds, batches = resolve_ds_config(ds_config, recipe, facts)
     setting = ZeroSetting.read(ds, ranks=ranks, on_cpu=device_type == "cpu")
     trace = trace_step(
-        TraceSpec(
-            model=recipe.model,
+        TraceSpec.of(
+            recipe,
             precision=setting.precision,  # type: ignore[arg-type]
             device_type=device_type,
-            classes=classes,
             module_marks=setting.stage == 3,
         )
     )
     items = states(trace.parameters, dataclasses.replace(setting, rank=rank or 0), trace.buffer_bytes)
+    if isinstance(recipe, FinetuneRecipe) and recipe.train.ema_decay:
+        items.append(averaged_weights(trace.parameters))
     return Plan(
         recipe=recipe,
         ds_config=ds,
@@ -195,14 +206,21 @@ def plan(
     )
 
 
+def name_of(model: ModelConfig) -> str:
+    """A network in a few words."""
+    if isinstance(model, ClassifierConfig):
+        return f"{model.size} classifier of {model.classes} classes, keep ratio {model.keep_ratio:g}"
+    return f"{model.method} {model.size}"
+
+
 def device_type_here() -> str:
     """What ranks on this machine compute on."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def facts_for(recipe: Recipe, ranks: int, device_type: str, classes: int | None = None) -> Facts:
+def facts_for(recipe: Recipe, ranks: int, device_type: str) -> Facts:
     """What "auto" values depend on, of a device that may not be here: any GPU since 2020 knows bf16 and fp16."""
-    sizes = [elements for _, elements in count_parameters(recipe.model, classes)]
+    sizes = [elements for _, elements in count_parameters(recipe.model)]
     return Facts(
         parameters=sum(sizes),
         largest=max(sizes),

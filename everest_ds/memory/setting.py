@@ -128,9 +128,9 @@ class FlatGroup:
 
 
 def groups_of(parameters: Sequence[Parameter]) -> list[tuple[Parameter, ...]]:
-    """The optimizer's parameter groups, in its order: without decay, with decay; empty ones left out."""
-    groups = [tuple(p for p in parameters if p.group == g) for g in (0, 1)]
-    return [group for group in groups if group]
+    """The optimizer's parameter groups, in its order."""
+    numbers = sorted({p.group for p in parameters})
+    return [tuple(p for p in parameters if p.group == number) for number in numbers]
 
 
 def share(parameter: Parameter, ranks: int) -> int:

@@ -14,6 +14,7 @@ from everest_ds.memory.trace import Parameter
 
 _STAGE12 = "runtime/zero/stage_1_and_2.py"
 _STAGE3 = "runtime/zero/stage3.py"
+AVERAGE = "averaged weights"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +177,16 @@ def _stage3(parameters: Sequence[Parameter], setting: ZeroSetting) -> Iterator[I
             formula="reduce_bucket_size x b",
             source=f"{_STAGE3}, _setup_for_real_optimizer (IPGBucketZ3.buffer)",
         )
+
+
+def averaged_weights(parameters: Sequence[Parameter]) -> Item:
+    """The moving average of the weights that fine-tuning may keep (``train.ema_decay``), whole on every rank."""
+    return Item(
+        name=AVERAGE,
+        size_bytes=sum(p.elements for p in parameters) * FP32_BYTES,
+        formula="n x 4",
+        source="everest_ds.training.average",
+    )
 
 
 def kept_whole(parameters: Sequence[Parameter], setting: ZeroSetting) -> list[Parameter]:

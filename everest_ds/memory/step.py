@@ -7,7 +7,7 @@ after the backward pass, and in the optimizer step. A :class:`Step` replays the 
 from __future__ import annotations
 
 from everest_ds.memory.setting import FP32_BYTES, ZeroSetting, groups_of
-from everest_ds.memory.states import Item
+from everest_ds.memory.states import AVERAGE, Item
 from everest_ds.memory.timeline import Curve, Timeline
 from everest_ds.memory.trace import INPUTS, Born, Mark, Parameter, StepTrace
 
@@ -38,6 +38,7 @@ class Step:
             self.begin_pass()
             self._replay()
         self.optimizer_step()
+        self.update_average()
         return self.timeline.freeze()
 
     def begin_pass(self) -> None:
@@ -54,7 +55,7 @@ class Step:
                 blocks[event.block] = self.trace.begin(self.timeline, event)
             elif event.block in blocks:
                 self.timeline.gone(blocks.pop(event.block))
-        self.inputs_held = True
+        self.inputs_held = any(self.trace.labels[block] == INPUTS for block in blocks)
 
     def hold(self, item: Item) -> None:
         """Put something that is held between steps on the timeline."""
@@ -104,14 +105,26 @@ class Step:
         """In fp32 Adam works on the gradients as they are. Otherwise each group is copied to fp32 and flattened.
 
         Source: runtime/fp16/fused_optimizer.py, FP16_Optimizer.step: a list of fp32 copies, then their
-        concatenation, then the list and the 16-bit gradients go.
+        concatenation (of several: a copy alone is flat already), then the list and the 16-bit gradients go. The flat
+        ones stay until every group is updated.
         """
         if self.setting.precision == "fp32":
             return
+        flat: list[int] = []
         for group in groups_of(self.trace.parameters):
             copies = [self.timeline.born(p.elements * FP32_BYTES, "fp32 gradients") for p in group]
-            self.timeline.born(sum(p.elements for p in group) * FP32_BYTES, "fp32 gradients")
-            for block in copies:
-                self.timeline.gone(block)
+            if len(copies) > 1:
+                flat.append(self.timeline.born(sum(p.elements for p in group) * FP32_BYTES, "fp32 gradients"))
+                for block in copies:
+                    self.timeline.gone(block)
+            else:
+                flat += copies
             for parameter in group:
                 self.release_gradient(parameter)
+        for block in flat:
+            self.timeline.gone(block)
+
+    def update_average(self) -> None:
+        """In half precision the weights are copied to fp32 on their way into the average (training/average.py)."""
+        if self.setting.precision != "fp32" and any(item.name == AVERAGE for item in self.items):
+            self.timeline.flash(self.trace.elements * FP32_BYTES, "fp32 weights")

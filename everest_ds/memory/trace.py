@@ -15,22 +15,19 @@ from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from everest_ds.config.finetuning import ClassifierConfig
-from everest_ds.config.load import build, to_tree
-from everest_ds.config.schema import ModelConfig
+from everest_ds.config.finetuning import FinetuneRecipe
+from everest_ds.config.schema import ModelConfig, Recipe
 from everest_ds.memory.autocast import cuda_like_autocast
 from everest_ds.memory.kernels import cuda_workspace_bytes, result_bytes
+from everest_ds.memory.objectives import Mixing, heaviest_mixing, loss_of, random_batch
 from everest_ds.memory.storages import StorageWatch
 from everest_ds.memory.timeline import Timeline
-from everest_ds.models import MaskedAutoencoder, VideoClassifier
-from everest_ds.models.patches import CHANNELS
-from everest_ds.tokens import TokenBudget
+from everest_ds.models import MaskedAutoencoder, VideoClassifier, build_network
+from everest_ds.models.parameter_groups import parameter_groups
 
 # "autocast": fp32 parameters under fp16 CUDA autocast, as the official code trains; the others are DeepSpeed's.
 Precision = Literal["fp32", "bf16", "fp16", "autocast"]
@@ -40,29 +37,45 @@ DTYPES: dict[str, torch.dtype] = {
     "fp16": torch.float16,
     "autocast": torch.float32,
 }
-# Exempt from weight decay besides vectors: training/optim.py has the same rule (a test compares them).
-_NO_DECAY = ("mask_token",)
 # Two micro-batches fix a line; one clip is off it (see trace_one_clip).
 _BATCHES = (2, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TraceSpec:
-    """What a step's activations depend on.
+    """What a step's activations and the optimizer's groups depend on.
 
-    ``classes``: None traces the autoencoder, a number the classifier with cross entropy. ``module_marks``: record when
+    ``model``: a :class:`ClassifierConfig` traces fine-tuning, another pre-training. ``mixing``: of clips, in
+    fine-tuning. ``weight_decay`` and ``layer_decay`` cut the parameters into groups. ``module_marks``: record when
     modules begin and end, as ZeRO-3 gathers and frees parameters by them.
     """
 
     model: ModelConfig
     precision: Precision = "bf16"
     device_type: str = "cuda"
-    classes: int | None = None
+    mixing: Mixing = "none"
+    weight_decay: float = 0.05
+    layer_decay: float = 1.0
     module_marks: bool = False
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, *, precision: Precision, device_type: str = "cuda", module_marks: bool = False
+    ) -> TraceSpec:
+        """The step of a recipe's training."""
+        return cls(
+            model=recipe.model,
+            precision=precision,
+            device_type=device_type,
+            mixing=heaviest_mixing(recipe.augment) if isinstance(recipe, FinetuneRecipe) else "none",
+            weight_decay=recipe.optim.weight_decay,
+            layer_decay=recipe.optim.layer_decay,
+            module_marks=module_marks,
+        )
 
 
 class Parameter(NamedTuple):
-    """A parameter: its dotted name, elements, optimizer group (0: no weight decay, 1: decay), and its module."""
+    """A parameter: its dotted name, elements, place of its group in the optimizer's list, and its module."""
 
     name: str
     elements: int
@@ -177,7 +190,7 @@ def trace_one_clip(spec: TraceSpec) -> StepTrace:
 def _finish(spec: TraceSpec, model: nn.Module, recorder: _Recorder, fixed: list[int], per_clip: list[int]) -> StepTrace:
     return StepTrace(
         spec=spec,
-        parameters=tuple(_parameters(model)),
+        parameters=tuple(_parameters(model, spec)),
         buffer_bytes=sum(b.untyped_storage().nbytes() for b in model.buffers()),
         module_order=tuple(name for name, _ in model.named_modules()),
         events=tuple(recorder.events),
@@ -189,10 +202,10 @@ def _finish(spec: TraceSpec, model: nn.Module, recorder: _Recorder, fixed: list[
 
 
 @lru_cache(maxsize=64)
-def count_parameters(model: ModelConfig, classes: int | None = None) -> tuple[tuple[str, int], ...]:
+def count_parameters(model: ModelConfig) -> tuple[tuple[str, int], ...]:
     """Names and elements of a model's parameters, without building it."""
     with FakeTensorMode():
-        built = _build(TraceSpec(model=model, classes=classes, precision="fp32"))
+        built = build_network(model)
     return tuple((name, p.numel()) for name, p in built.named_parameters())
 
 
@@ -250,42 +263,38 @@ class _Watch(StorageWatch):
         return block
 
 
-def _build(spec: TraceSpec) -> nn.Module:
+def _build(spec: TraceSpec) -> MaskedAutoencoder | VideoClassifier:
     # DeepSpeed's own checkpoint function is the reentrant kind too, and saves the same: the block's input.
-    options: dict[str, Any] = {
-        "device_type": spec.device_type,
-        "checkpoint": partial(torch_checkpoint, use_reentrant=True),
-    }
-    model: nn.Module
-    if spec.classes is None:
-        model = MaskedAutoencoder(spec.model, **options)
-    else:
-        keys = to_tree(spec.model) | {"classes": spec.classes, "selector": "auto"}
-        model = VideoClassifier(build(ClassifierConfig, keys), **options)
+    checkpoint = partial(torch_checkpoint, use_reentrant=True)
+    model = build_network(spec.model, device_type=spec.device_type, checkpoint=checkpoint)
     for parameter in model.parameters():
         # As DeepSpeed casts (runtime/engine.py, _cast_module_mixed_precision): parameters, not buffers.
         parameter.data = parameter.data.to(DTYPES[spec.precision])
     return model.train()
 
 
-def _record(model: nn.Module, spec: TraceSpec, batch: int) -> _Recorder:
+def _record(model: MaskedAutoencoder | VideoClassifier, spec: TraceSpec, clips: int) -> _Recorder:
     recorder = _Recorder()
     watch = _Watch(recorder, spec.device_type == "cuda")
+    batch = random_batch(model, clips)
     for tensor in (*model.parameters(), *model.buffers()):
         watch.ignore(tensor)
     with contextlib.ExitStack() as stack:
         for handle in _hooks(model, recorder, watch, spec.module_marks):
             stack.callback(handle.remove)
         stack.enter_context(watch)
-        inputs = _inputs(spec, batch)
-        recorder.inputs = {watch.watch(tensor) for tensor in inputs}
+        # A CPU computes on the loader's own batch; the official code's loop holds the device's copy throughout.
+        in_place = spec.device_type == "cpu" or spec.precision == "autocast"
+        if in_place:
+            recorder.inputs = {watch.watch(t) for t in (batch.clips, batch.noise, batch.labels, batch.index)}
+        to_device = partial(_to_device, recorder, watch, in_place)
         with cuda_like_autocast() if spec.precision == "autocast" else contextlib.nullcontext():
-            loss = _loss(model, spec, inputs)
+            loss = loss_of(model, batch, to_device=to_device, mixing=spec.mixing)
         recorder.backward = True
         recorder.mark("backward")
         loss.backward()
         recorder.mark("end")
-    # The loss and the inputs outlive the optimizer step, for training/loop.py still has them: their end isn't heard.
+    # The loss and the batch outlive the optimizer step, for training/loop.py still has them: their end isn't heard.
     recorder.closed = True
     for parameter in model.parameters():
         parameter.grad = None
@@ -302,18 +311,11 @@ def _deaths_in_order(events: list[Event]) -> list[Event]:
     return ordered
 
 
-def _inputs(spec: TraceSpec, batch: int) -> tuple[Tensor, ...]:
-    config = spec.model
-    clips = torch.zeros(batch, CHANNELS, config.frames, config.image_size, config.image_size, dtype=torch.uint8)
-    if spec.classes is not None:
-        return clips, torch.zeros(batch, dtype=torch.int64)
-    return clips, torch.rand(batch, TokenBudget.for_pretraining(config).total)
-
-
-def _loss(model: nn.Module, spec: TraceSpec, inputs: tuple[Tensor, ...]) -> Tensor:
-    if spec.classes is None:
-        return model(*inputs).loss
-    return F.cross_entropy(model(inputs[0]).float(), inputs[1])
+def _to_device(recorder: _Recorder, watch: StorageWatch, in_place: bool, tensor: Tensor) -> Tensor:
+    """Return the loader's tensor itself or a copy, which the objective drops at its end."""
+    moved = tensor if in_place else tensor.clone()
+    recorder.inputs.add(watch.watch(moved))
+    return moved
 
 
 def _hooks(model: nn.Module, recorder: _Recorder, watch: StorageWatch, module_marks: bool) -> Iterator[Any]:
@@ -396,11 +398,11 @@ class _Leaving(torch.autograd.Function):
         return grads[0], None, None, None
 
 
-def _parameters(model: nn.Module) -> Iterator[Parameter]:
-    groups = param_groups_weight_decay(model, 1.0, no_weight_decay_list=_NO_DECAY)
-    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+def _parameters(model: nn.Module, spec: TraceSpec) -> Iterator[Parameter]:
+    groups = parameter_groups(model, spec.weight_decay, spec.layer_decay)
+    group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
     for name, parameter in model.named_parameters():
-        yield Parameter(name, parameter.numel(), int(id(parameter) in decayed), name.rpartition(".")[0])
+        yield Parameter(name, parameter.numel(), group_of[id(parameter)], name.rpartition(".")[0])
 
 
 def _labels(recorder: _Recorder) -> Iterator[str]:

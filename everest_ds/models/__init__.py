@@ -3,7 +3,15 @@
 from everest_ds.models.autoencoder import MaskedAutoencoder, Reconstruction
 from everest_ds.models.classifier import VideoClassifier
 from everest_ds.models.flops import forward_macs
-from everest_ds.models.registry import create_model
+from everest_ds.models.registry import build_network, create_model
 from everest_ds.models.weights import load_pretrained
 
-__all__ = ["MaskedAutoencoder", "Reconstruction", "VideoClassifier", "create_model", "forward_macs", "load_pretrained"]
+__all__ = [
+    "MaskedAutoencoder",
+    "Reconstruction",
+    "VideoClassifier",
+    "build_network",
+    "create_model",
+    "forward_macs",
+    "load_pretrained",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from everest_ds.config.errors import UserError
 from everest_ds.config.schema import ModelConfig
 from everest_ds.models.backbone import Checkpoint, Encoder, Trunk, initialise, norm, recompute, use_fused_attention
-from everest_ds.models.embedding import Select
+from everest_ds.models.embedding import Select, SelectFrames, VisibleTokens
+from everest_ds.models.frames import select_frames, take_slots
 from everest_ds.models.patches import CHANNELS, patchify
 from everest_ds.models.positions import Positions
 from everest_ds.models.selection import SELECTORS
@@ -27,13 +29,16 @@ class Reconstruction(NamedTuple):
     """A step's result.
 
     ``loss`` is a scalar, fp32; ``prediction`` is (B, R, P * 3) for the targets in ascending order of token index,
-    pixels standardised per token, ordered frame, row, column, channel.
+    pixels standardised per token, ordered frame, row, column, channel; ``visible_idx`` (B, V) and ``target_idx`` (B, R)
+    int64, ascending, within the clip that was trained on; ``slot_idx`` (B, slots) int64, ascending: the candidate slots
+    that this clip is made of, None without frame selection.
     """
 
     loss: Tensor
     prediction: Tensor
     visible_idx: Tensor
     target_idx: Tensor
+    slot_idx: Tensor | None
 
 
 class PretrainEncoder(Encoder):
@@ -43,10 +48,12 @@ class PretrainEncoder(Encoder):
         super().__init__(config, budget, **options)  # type: ignore[arg-type]
         self.norm = norm(config.row.width)
 
-    def forward(self, clips: Tensor, select: Select, precise: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        self, clips: Tensor, select: Select, precise: bool, select_frames: SelectFrames | None = None
+    ) -> VisibleTokens:
         """As :meth:`Encoder.forward`, normed."""
-        tokens, visible_idx, target_idx, patches = super().forward(clips, select, precise)
-        return self.norm(tokens), visible_idx, target_idx, patches
+        encoded = super().forward(clips, select, precise, select_frames)
+        return encoded._replace(tokens=self.norm(encoded.tokens))
 
 
 class Decoder(nn.Module):
@@ -102,15 +109,16 @@ class MaskedAutoencoder(nn.Module):
 
     @property
     def noise_length(self) -> int:
-        """Uniform numbers that one clip's selection uses."""
-        return self.selector.noise_length(self.budget)
+        """Uniform numbers that one clip's selection uses: first of its tokens, then of its slots."""
+        return self.selector.noise_length(self.budget) + self.budget.slot_noise
 
     def forward(self, clips: Tensor, noise: Tensor | None = None) -> Reconstruction:
         """One pre-training forward pass.
 
         Args:
-            clips: (B, 3, T, H, W) uint8.
-            noise: (B, at least ``noise_length``) uniform numbers that decide what is visible; None draws them.
+            clips: (B, 3, T, H, W) uint8, T = ``config.candidate_frames``.
+            noise: (B, at least ``noise_length``) uniform in [0, 1), what is visible and which slots are taken depend
+                on it; None draws it.
 
         Raises:
             UserError: the clips or the noise have the wrong shape or type.
@@ -122,19 +130,32 @@ class MaskedAutoencoder(nn.Module):
         def select(embedded: Tensor) -> tuple[Tensor, Tensor]:
             return self.selector.choose(embedded, noise, self.budget)
 
-        tokens, visible_idx, target_idx, patches = self.encoder(clips, select, self.selector.reads_embeddings)
+        tokens, visible_idx, target_idx, patches, slot_idx = self.encoder(
+            clips, select, self.selector.reads_embeddings, self._frame_selection(noise)
+        )
         prediction = self.decoder(self.encoder_to_decoder(tokens), self.mask_token, visible_idx, target_idx)
         with torch.no_grad():
             targets = build_targets(patches, target_idx)
         loss = F.mse_loss(prediction.float(), targets)
-        return Reconstruction(loss, prediction, visible_idx, target_idx)
+        return Reconstruction(loss, prediction, visible_idx, target_idx, slot_idx)
 
-    def targets(self, clips: Tensor, target_idx: Tensor) -> Tensor:
+    def patches(self, clips: Tensor, slot_idx: Tensor | None = None) -> Tensor:
+        """Cut clips into the (B, N, 3, P) uint8 patches that are trained on, given :attr:`Reconstruction.slot_idx`."""
+        patches = patchify(clips, *self.encoder.cut)
+        return patches if slot_idx is None else take_slots(patches, slot_idx, self.budget.candidate_slots)
+
+    def targets(self, clips: Tensor, target_idx: Tensor, slot_idx: Tensor | None = None) -> Tensor:
         """What :attr:`Reconstruction.prediction` is compared with, (B, R, P * 3) fp32."""
-        return build_targets(patchify(clips, *self.encoder.cut), target_idx)
+        return build_targets(self.patches(clips, slot_idx), target_idx)
+
+    def _frame_selection(self, noise: Tensor) -> SelectFrames | None:
+        if not self.budget.selects_frames:
+            return None
+        slot_noise = noise[:, self.selector.noise_length(self.budget) :]
+        return partial(select_frames, noise=slot_noise, budget=self.budget)
 
     def _check(self, clips: Tensor, noise: Tensor | None) -> None:
-        side, frames = self.config.image_size, self.config.frames
+        side, frames = self.config.image_size, self.config.candidate_frames
         if clips.ndim != 5 or clips.shape[1:] != (CHANNELS, frames, side, side) or clips.dtype != torch.uint8:
             raise UserError(
                 f"clips: expected uint8 (B, {CHANNELS}, {frames}, {side}, {side}), got {clips.dtype} "

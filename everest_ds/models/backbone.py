@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from everest_ds.config.schema import ModelConfig
-from everest_ds.models.embedding import Select, TubeletEmbedding
+from everest_ds.models.embedding import Select, SelectFrames, TubeletEmbedding, VisibleTokens
 from everest_ds.models.patches import patchify
 from everest_ds.models.positions import Positions
 from everest_ds.tokens import TokenBudget
@@ -103,19 +103,18 @@ class Encoder(nn.Module):
             drop_path=drop_path,
         )
 
-    def forward(self, clips: Tensor, select: Select, precise: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Encode what ``select`` makes visible.
+    def forward(
+        self, clips: Tensor, select: Select, precise: bool, select_frames: SelectFrames | None = None
+    ) -> VisibleTokens:
+        """Encode what ``select`` makes visible; no final norm.
 
         Args:
-            clips: (B, 3, T, H, W) uint8.
+            clips: (B, 3, T, H, W) uint8; with frame selection, all candidate frames.
             select: chooses tokens from their embeddings.
             precise: embed in fp32 for the selector.
-
-        Returns:
-            (B, V, D) encoded tokens before any final norm, (B, V) visible and (B, R) target indices, and the
-            (B, N, 3, P) uint8 patches, for the targets.
+            select_frames: chooses slots first; None: all of them.
         """
         patches = patchify(clips, *self.cut)
-        tokens, visible_idx, target_idx = self.patch_embed(patches, select, precise)
+        tokens, visible_idx, target_idx, patches, slot_idx = self.patch_embed(patches, select, precise, select_frames)
         tokens = self.positions(tokens, visible_idx).to(self.patch_embed.weight.dtype)
-        return self.blocks.run(tokens), visible_idx, target_idx, patches
+        return VisibleTokens(self.blocks.run(tokens), visible_idx, target_idx, patches, slot_idx)

@@ -10,11 +10,20 @@ from torch import Tensor, nn
 
 from everest_ds.config.errors import UserError
 from everest_ds.config.finetuning import ClassifierConfig
-from everest_ds.models.backbone import Checkpoint, Encoder, initialise, norm, recompute
+from everest_ds.models.backbone import Checkpoint, Encoder, norm, recompute
+from everest_ds.models.embedding import TubeletEmbedding
 from everest_ds.models.selection import RANKINGS, importance
 from everest_ds.tokens import TokenBudget
 
-_HEAD_DEVIATION = 0.02
+# Official initial weights (VideoMAE, modeling_finetune.py and its --init_scale): a head that says next to nothing.
+_DEVIATION, _HEAD_SCALE = 0.02, 0.001
+
+
+def _initialise(module: nn.Module) -> None:
+    """Truncated normal matrices and zero biases; embeddings and norms keep torch's. Not an autoencoder's: narrower."""
+    if isinstance(module, nn.Linear) and not isinstance(module, TubeletEmbedding):
+        trunc_normal_(module.weight, std=_DEVIATION)
+        nn.init.zeros_(module.bias)
 
 
 class VideoClassifier(Encoder):
@@ -44,15 +53,13 @@ class VideoClassifier(Encoder):
         self.config, self.budget = config, budget
         self.fc_norm = norm(config.row.width)
         self.head = nn.Linear(config.row.width, config.classes)
-        self.apply(initialise)
-        trunc_normal_(self.head.weight, std=_HEAD_DEVIATION)
+        self.apply(_initialise)
+        with torch.no_grad():
+            self.head.weight.mul_(_HEAD_SCALE)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layers for layer-wise decay, in timm's form: embedding, each block, and the rest."""
-        return {
-            "stem": r"^patch_embed",
-            "blocks": r"^blocks" if coarse else [(r"^blocks\.(\d+)", None), (r"^(?:fc_norm|head)\.", (99999,))],
-        }
+        """Layers for layer-wise decay, in timm's form: embedding, each block; what no pattern names comes last."""
+        return {"stem": r"^patch_embed", "blocks": r"^blocks" if coarse else r"^blocks\.(\d+)"}
 
     def select(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Indices of the kept tokens, (B, V) ascending, and no targets."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,23 @@ from everest_ds.models.patches import CHANNELS, normalise, take
 
 # (B, N, D) embeddings without gradient -> visible and target indices, (B, V) and (B, R) int64, ascending.
 Select = Callable[[Tensor], tuple[Tensor, Tensor]]
+# (B, M, D) embeddings and (B, M, 3, P) patches of the candidate slots -> those of the slots taken, and which they are.
+SelectFrames = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+class VisibleTokens(NamedTuple):
+    """The visible tokens, embedded or encoded, and what was chosen on the way.
+
+    ``tokens`` (B, V, D); ``visible_idx`` (B, V) and ``target_idx`` (B, R) int64, ascending; ``patches`` (B, N, 3, P)
+    uint8, of the whole clip that is trained on; ``slot_idx`` (B, slots) int64, ascending: the candidate slots that it
+    is made of, None without frame selection.
+    """
+
+    tokens: Tensor
+    visible_idx: Tensor
+    target_idx: Tensor
+    patches: Tensor
+    slot_idx: Tensor | None
 
 
 class _SelectedTokens(torch.autograd.Function):
@@ -46,20 +63,24 @@ class TubeletEmbedding(nn.Linear):
     def __init__(self, tubelet: int, patch: int, width: int) -> None:
         super().__init__(CHANNELS * tubelet * patch * patch, width)
 
-    def forward(self, patches: Tensor, select: Select, precise: bool = True) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        """Embed all tokens, let ``select`` look at them, and return those that it makes visible.
+    def forward(  # type: ignore[override]
+        self, patches: Tensor, select: Select, precise: bool = True, select_frames: SelectFrames | None = None
+    ) -> VisibleTokens:
+        """Embed all tokens, let ``select`` look at them, and return those that it makes visible, with gradient.
 
         Args:
-            patches: (B, N, 3, P) uint8.
+            patches: (B, N, 3, P) uint8; with frame selection, of all candidate slots.
             select: chooses tokens from their embeddings.
             precise: embed in fp32 whatever the training precision, as importance needs.
-
-        Returns:
-            (B, V, D) visible tokens with gradient, (B, V) visible and (B, R) target indices.
+            select_frames: chooses slots first; None: all of them.
         """
+        slot_idx = None
         dtype = torch.float32 if precise else self.weight.dtype
         with torch.no_grad(), torch.autocast(patches.device.type, enabled=False):
             tokens = F.linear(normalise(patches, dtype), self.weight.to(dtype), self.bias.to(dtype))
+            if select_frames is not None:
+                tokens, patches, slot_idx = select_frames(tokens, patches)
             visible_idx, target_idx = select(tokens)
             visible, pixels = take(tokens, visible_idx), take(patches, visible_idx)
-        return _SelectedTokens.apply(self.weight, self.bias, pixels, visible), visible_idx, target_idx
+        visible = _SelectedTokens.apply(self.weight, self.bias, pixels, visible)
+        return VisibleTokens(visible, visible_idx, target_idx, patches, slot_idx)

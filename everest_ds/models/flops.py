@@ -29,6 +29,6 @@ def forward_macs(build: Callable[[AnyModel], nn.Module], config: AnyModel) -> in
     additions are left out.
     """
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
-        shape = (1, CHANNELS, config.frames, config.image_size, config.image_size)
+        shape = (1, CHANNELS, config.candidate_frames, config.image_size, config.image_size)
         build(config)(torch.zeros(shape, dtype=torch.uint8))
     return counter.get_total_flops() // 2

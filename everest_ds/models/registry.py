@@ -42,6 +42,19 @@ def create_model(
     return MaskedAutoencoder(config, device_type=device_type, checkpoint=checkpoint)
 
 
+def build_network(
+    config: ModelConfig, *, device_type: str = "cpu", checkpoint: Checkpoint | None = None
+) -> MaskedAutoencoder | VideoClassifier:
+    """Return the network of a configuration: the classifier of a :class:`ClassifierConfig`, else the autoencoder.
+
+    Raises:
+        UserError: the network can't be built so.
+    """
+    if isinstance(config, ClassifierConfig):
+        return VideoClassifier(config, device_type=device_type, checkpoint=checkpoint)
+    return MaskedAutoencoder(config, device_type=device_type, checkpoint=checkpoint)
+
+
 def _autoencoder_entry(size: str, method: str) -> Callable[..., MaskedAutoencoder]:
     def entry(**options: Any) -> MaskedAutoencoder:
         return create_model(size, method=method, **_without_timm(options))

@@ -6,26 +6,80 @@ with zeros for k. A k bias shifts all logits of a query alike, which softmax ign
 
 from __future__ import annotations
 
+import argparse
 import json
+import pickle
 import re
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from everest_ds.config.errors import UserError
+from everest_ds.config.finetuning import ClassifierConfig
 from everest_ds.config.load import build
 from everest_ds.config.schema import ModelConfig
 from everest_ds.models.autoencoder import MaskedAutoencoder
+from everest_ds.models.classifier import VideoClassifier
 
 WEIGHTS_FILE = "model.safetensors"
 # The header entry that holds the model settings, as JSON.
 CONFIG_KEY = "everest_ds.model"
+# Settings that an encoder's weights come with: they make no sense to another embedding or other positions.
+_SHAPE_KEYS = ("size", "tubelet", "patch", "positions")
+# Settings that may change between pre-training and fine-tuning, since positions are computed.
+_CLIP_KEYS = ("image_size", "frames")
 
 _CONV_EMBED = re.compile(r"(^|\.)patch_embed\.proj\.")
 _FIXED_TABLES = ("pos_embed",)
+_ENCODER = "encoder."
+_HEAD = "head.weight"
+_NAMED = 6  # names listed one by one in a line
+# Where official checkpoints keep their state dict.
+_OFFICIAL_ENTRIES = ("model", "module")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """What a file holds: ``state`` under our names, ``settings`` of the model (None: the file doesn't say)."""
+
+    file: Path
+    state: dict[str, Tensor]
+    settings: dict[str, Any] | None
+
+    @property
+    def classes(self) -> int | None:
+        """Classes of the head, if these are a classifier's weights."""
+        return len(self.state[_HEAD]) if _HEAD in self.state else None
+
+    @property
+    def inherited(self) -> dict[str, Any]:
+        """The settings that a classifier takes over, unless told otherwise."""
+        settings = self.settings or {}
+        return {key: settings[key] for key in (*_SHAPE_KEYS, *_CLIP_KEYS) if key in settings}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """Names of parameters: loaded; of the model, but not in the file; in the file, but not of the model."""
+
+    matched: list[str]
+    missing: list[str]
+    unused: list[str]
+
+    def __str__(self) -> str:
+        """Say it in one line; long lists by module."""
+        told = [f"{len(self.matched)} tensors loaded"]
+        if self.missing:
+            told.append(f"{len(self.missing)} new ({_listed(self.missing)})")
+        if self.unused:
+            told.append(f"{len(self.unused)} not used ({_listed(self.unused)})")
+        return ", ".join(told)
 
 
 def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -43,8 +97,28 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
-def load_pretrained(path: str | Path, *, device_type: str = "cpu") -> MaskedAutoencoder:
-    """Return the autoencoder of a finished run, with its weights.
+def read_weights(path: str | Path, *, key: str = "weights") -> Weights:
+    """Read a file of weights.
+
+    Args:
+        path: a run directory, the ``model.safetensors`` that a run writes at its end, or an official checkpoint
+            (``.pth``), which is read without running code that it may hold.
+        key: the setting that named the file, for messages.
+
+    Raises:
+        UserError: there is no such file, or it is neither ours nor official.
+    """
+    file = Path(path) / WEIGHTS_FILE if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        where = f"no {WEIGHTS_FILE} here; a run writes it when it ends" if Path(path).is_dir() else "no such file"
+        raise UserError(f"{key}: {path}: {where}")
+    if file.suffix == ".safetensors":
+        return _read_ours(file, key)
+    return Weights(file=file, state=_read_official(file, key), settings=None)
+
+
+def load_pretrained(path: str | Path, *, device_type: str = "cpu") -> MaskedAutoencoder | VideoClassifier:
+    """Return the model of a finished run, with its weights: the autoencoder, or the classifier of a fine-tuning.
 
     Args:
         path: a run directory, or the ``model.safetensors`` that a run writes at its end.
@@ -53,15 +127,106 @@ def load_pretrained(path: str | Path, *, device_type: str = "cpu") -> MaskedAuto
     Raises:
         UserError: there is no such file, or it isn't one of ours.
     """
-    file = Path(path) / WEIGHTS_FILE if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise UserError(f"{path}: no {WEIGHTS_FILE} here; a run writes it when it ends")
+    weights = read_weights(path)
+    if weights.settings is None:
+        raise UserError(f"{weights.file}: not weights that everest_ds wrote; load_encoder takes official checkpoints")
+    model: MaskedAutoencoder | VideoClassifier
+    if weights.classes is None:
+        model = MaskedAutoencoder(build(ModelConfig, weights.settings, "model."), device_type=device_type)
+    else:
+        model = VideoClassifier(build(ClassifierConfig, weights.settings, "model."), device_type=device_type)
+    model.load_state_dict(weights.state)
+    return model
+
+
+def load_encoder(model: VideoClassifier, weights: Weights, *, new_head: bool = False, key: str = "weights") -> Match:
+    """Load what a file has for a classifier: a pre-trained encoder, or a whole classifier.
+
+    Args:
+        model: keeps its initial values where the file has none.
+        weights: of an autoencoder, whose encoder is taken, or of a classifier.
+        new_head: leave the head out.
+        key: the setting that named the file, for messages.
+
+    Raises:
+        UserError: the file is for another model, its head is for another number of classes, or nothing matches.
+    """
+    _check_settings(model.config, weights, key)
+    found = _classifier_part(weights.state)
+    if new_head:
+        found = {name: value for name, value in found.items() if not name.startswith("head.")}
+    wanted = model.state_dict()
+    matched = [name for name in wanted if name in found]
+    if not matched:
+        raise UserError(f"{key}: {weights.file}: none of its {len(weights.state)} tensors is a part of the classifier")
+    for name in matched:
+        _check_shape(name, wanted[name], found[name], weights.file, key)
+    model.load_state_dict({name: found[name] for name in matched}, strict=False)
+    used = {name for name in weights.state if name.removeprefix(_ENCODER) in matched}
+    return Match(
+        matched=matched,
+        missing=[name for name in wanted if name not in found],
+        unused=[name for name in weights.state if name not in used],
+    )
+
+
+def _read_ours(file: Path, key: str) -> Weights:
     try:
         with safe_open(file, framework="pt") as opened:
             settings = json.loads((opened.metadata() or {})[CONFIG_KEY])
             state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"{file}: not weights that everest_ds wrote ({error})") from error
-    model = MaskedAutoencoder(build(ModelConfig, settings, "model."), device_type=device_type)
-    model.load_state_dict(state)
-    return model
+        raise UserError(f"{key}: {file}: not weights that everest_ds wrote ({error})") from error
+    return Weights(file=file, state=state, settings=settings)
+
+
+def _read_official(file: Path, key: str) -> dict[str, Tensor]:
+    try:
+        # Official checkpoints hold their command line, a Namespace of plain values, beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{key}: {file}: not weights that everest_ds wrote, nor a state dict ({reason})") from error
+    for entry in _OFFICIAL_ENTRIES:
+        if isinstance(found, Mapping) and isinstance(found.get(entry), Mapping):
+            found = found[entry]
+    if not isinstance(found, Mapping) or not any(torch.is_tensor(value) for value in found.values()):
+        raise UserError(f"{key}: {file}: not weights that everest_ds wrote, nor a state dict (no tensors in it)")
+    return from_official({name: value for name, value in found.items() if torch.is_tensor(value)})
+
+
+def _classifier_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names as a classifier has them: of an autoencoder its encoder, of a classifier everything."""
+    encoder = {name.removeprefix(_ENCODER): value for name, value in state.items() if name.startswith(_ENCODER)}
+    return encoder or dict(state)
+
+
+def _check_settings(config: ClassifierConfig, weights: Weights, key: str) -> None:
+    for name in _SHAPE_KEYS:
+        there, here = (weights.settings or {}).get(name), getattr(config, name)
+        if there not in (None, here):
+            raise UserError(
+                f"{key}: {weights.file} has model.{name} = {there}, this run {here}; leave it out"
+            )
+
+
+def _check_shape(name: str, wanted: Tensor, found: Tensor, file: Path, key: str) -> None:
+    if wanted.shape == found.shape:
+        return
+    if name.startswith("head."):
+        raise UserError(
+            f"{key}: {file} has a head of {len(found)} classes, this run {len(wanted)}; with train.new_head=true the "
+            "head starts afresh"
+        )
+    raise UserError(
+        f"{key}: {file}: {name} is {tuple(found.shape)}, here {tuple(wanted.shape)}: another model"
+    )
+
+
+def _listed(names: list[str]) -> str:
+    """A few names as they are, many as their modules with counts."""
+    if len(names) <= _NAMED:
+        return ", ".join(names)
+    modules = Counter(".".join(name.removesuffix(".weight").removesuffix(".bias").split(".")[:2]) for name in names)
+    return ", ".join(f"{module}: {count}" for module, count in modules.items())

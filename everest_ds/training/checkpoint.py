@@ -6,13 +6,19 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
 from everest_ds.config.errors import UserError
 from everest_ds.config.load import to_tree
 from everest_ds.config.schema import ModelConfig, Recipe
+from everest_ds.training import ranks
+from everest_ds.training.average import Average
 from everest_ds.training.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 
+_AVERAGE_FILE = "average.safetensors"
 # Settings of a model that change nothing about its weights.
 _FREE_TO_CHANGE = ("attention", "checkpointing")
 # Settings that decide which samples a step number stands for.
@@ -35,7 +41,7 @@ def find_resume(recipe: Recipe) -> RunDir | None:
         )
     if resume == "off" or (resume == "auto" and not output.has_checkpoint()):
         return None
-    found = source.read_recipe()
+    found = source.read_recipe(type(recipe))
     if not source.has_checkpoint():
         raise UserError(f"train.resume: {source.path} holds no checkpoint to continue from")
     difference = _first_difference(found.model, recipe.model)
@@ -48,13 +54,24 @@ def find_resume(recipe: Recipe) -> RunDir | None:
     return source
 
 
-def save(engine: Any, run_dir: RunDir, step: int) -> None:
+def save(engine: Any, run_dir: RunDir, average: Average | None, step: int) -> None:
     """Write a checkpoint of the state after ``step`` steps; a collective call."""
-    engine.save_checkpoint(str(run_dir.checkpoints), tag=f"step-{step:08d}", client_state={"step": step})
+    tag = f"step-{step:08d}"
+    if average is not None and ranks.is_main():
+        # First: DeepSpeed names the checkpoint in ``latest`` when its own part is written.
+        folder = run_dir.checkpoints / tag
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.cpu() for name, value in average.state.items()}, folder / _AVERAGE_FILE)
+    engine.save_checkpoint(str(run_dir.checkpoints), tag=tag, client_state={"step": step})
 
 
-def load(engine: Any, source: RunDir) -> int:
+def load(engine: Any, source: RunDir, average: Average | None = None) -> int:
     """Load the latest checkpoint and return the number of steps done; a collective call.
+
+    Args:
+        engine: to load into.
+        source: the run.
+        average: to load into as well.
 
     Raises:
         UserError: the checkpoint can't be loaded.
@@ -69,7 +86,17 @@ def load(engine: Any, source: RunDir) -> int:
         ) from error
     if path is None:
         raise UserError(f"train.resume: no loadable checkpoint in {source.checkpoints}")
-    return int(state["step"])
+    done = int(state["step"])
+    if average is not None:
+        _load_average(average, Path(path).parent / _AVERAGE_FILE, done)
+    return done
+
+
+def _load_average(average: Average, file: Path, steps: int) -> None:
+    try:
+        average.load(load_file(file), steps)
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"train.resume: {file}: no averaged weights to continue ({error}); was ema_decay 0?") from error
 
 
 def _first_difference(saved: ModelConfig, asked: ModelConfig) -> str:

@@ -15,7 +15,7 @@ from everest_ds.config.batches import GLOBAL, Batches
 from everest_ds.config.ds_config import Facts, resolve_ds_config
 from everest_ds.config.errors import UserError
 from everest_ds.config.schema import Recipe
-from everest_ds.models import MaskedAutoencoder
+from everest_ds.models import MaskedAutoencoder, VideoClassifier, build_network
 from everest_ds.models.parameter_groups import parameter_groups
 from everest_ds.training import ranks
 from everest_ds.training.optim import build_optimizer
@@ -31,14 +31,14 @@ class Built:
     optimizer: str
 
 
-def build_pretraining_model(recipe: Recipe) -> MaskedAutoencoder:
-    """Build the autoencoder with the recipe's seed, so that every rank starts from the same weights."""
+def build_model(recipe: Recipe) -> MaskedAutoencoder | VideoClassifier:
+    """Build the recipe's network with its seed, so that every rank starts from the same weights.
+
+    Raises:
+        UserError: the model can't be built so.
+    """
     torch.manual_seed(recipe.train.seed)
-    return MaskedAutoencoder(
-        recipe.model,
-        device_type=ranks.device().type,
-        checkpoint=deepspeed.checkpointing.checkpoint,
-    )
+    return build_network(recipe.model, device_type=ranks.device().type, checkpoint=deepspeed.checkpointing.checkpoint)
 
 
 def describe(model: nn.Module, width: int, world_size: int) -> Facts:

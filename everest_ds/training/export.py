@@ -16,9 +16,12 @@ from torch._utils import _unflatten_dense_tensors
 from everest_ds.config.load import to_tree
 from everest_ds.config.schema import ModelConfig
 from everest_ds.models.weights import CONFIG_KEY
+from everest_ds.training.average import Average
 
 
-def export_weights(engine: Any, checkpoints: Path, config: ModelConfig, path: Path) -> None:
+def export_weights(
+    engine: Any, checkpoints: Path, config: ModelConfig, path: Path, average: Average | None = None
+) -> None:
     """Write the full-precision weights into one file, replaced in one move.
 
     Args:
@@ -26,8 +29,11 @@ def export_weights(engine: Any, checkpoints: Path, config: ModelConfig, path: Pa
         checkpoints: a run's ``checkpoints`` folder.
         config: the model settings, stored in the file's header.
         path: the file to write.
+        average: written in place of the last weights, which stay in the checkpoint.
     """
-    if engine.zero_optimization():
+    if average is not None:
+        state = average.state
+    elif engine.zero_optimization():
         # Every rank holds a part: put together from the checkpoint. Silenced: it narrates its progress.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoints))

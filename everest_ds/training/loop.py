@@ -14,12 +14,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from everest_ds.config.batches import Batches
+from everest_ds.config.errors import UserError
 from everest_ds.config.schema import TrainConfig
 from everest_ds.data.loader import BadSamples, Batch
+from everest_ds.data.randomness import Stream, generator
 from everest_ds.memory.meters import peak_bytes
 from everest_ds.training import ranks
+from everest_ds.training.average import Average
 from everest_ds.training.metrics import MetricsFile, ProgressLine
+from everest_ds.training.objectives import Objective
 from everest_ds.training.schedule import CosineSchedule
+from everest_ds.training.validation import Validation
 from everest_ds.training.window import Window
 
 EXIT_BAD_NUMBERS = 3
@@ -43,6 +48,9 @@ class Training:
     bad_samples: BadSamples
     metrics: MetricsFile | None
     save: Any  # called with the step after which to save; collective
+    objective: Objective
+    average: Average | None = None
+    validation: Validation | None = None
     step: int = 0
     saved_at: int = -1
     started: float = field(default_factory=time.monotonic)
@@ -78,14 +86,20 @@ def train(run: Training) -> int:
             loss = optimizer_step(run, window)
             window.add(loss)
             run.step += 1
+            if run.average is not None:
+                run.average.update()
             progress.advance(run.step)
             if run.logs(run.step):
                 record, code = close_window(run, window)
                 progress.report(record)
             if run.saves(run.step) and not code:
                 save(run, window)
+            if run.validation is not None and run.validation.due(run.step) and run.step < last and not code:
+                validate(run, window)
     if not save(run, window):
         code = EXIT_BAD_NUMBERS
+    elif run.validation is not None and not code:
+        run.validation(run.step)
     if code and ranks.is_main():
         print(f"stopped after step {run.step}: {_ENDINGS[code]}", file=sys.stderr, flush=True)
     return code
@@ -94,16 +108,16 @@ def train(run: Training) -> int:
 def optimizer_step(run: Training, window: Window) -> Tensor:
     """Run one step over its accumulation passes. Returns the mean loss on the device, unread: no host sync here."""
     engine = run.engine
+    seed_step(run.config.seed, run.step)
     lr = run.schedule(run.step)
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     losses = []
     for _ in range(run.batches.accumulation):
         with window.waiting_for_data():
             batch = next(run.loader)
         run.bad_samples.add(batch)
-        clips, noise = (t.to(engine.device, non_blocking=True) for t in (batch.clips, batch.noise))
-        loss = engine(clips, noise).loss
+        loss = run.objective(engine, batch)
         engine.backward(loss)
         losses.append(loss.detach())
         read = run.logs(run.step + 1) or run.saves(run.step + 1)
@@ -111,6 +125,11 @@ def optimizer_step(run: Training, window: Window) -> Tensor:
             run.grad_norm = torch.nn.utils.get_total_norm(p.grad for p in engine.module.parameters())
         engine.step()
     return torch.stack(losses).mean()
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed what is drawn while training, drop path and mixing: a function of (seed, step, rank), as resuming needs."""
+    torch.manual_seed(int(generator(Stream.STEP, seed, step, ranks.rank()).integers(2**63)))
 
 
 def close_window(run: Training, window: Window) -> tuple[dict[str, Any], int]:
@@ -161,6 +180,20 @@ def name_bad_videos(run: Training, bad: int) -> None:
     dist.all_gather_object(found, run.bad_samples.reasons)
     if ranks.is_main():
         run.bad_samples.name(dict(ChainMap(*found)))
+
+
+def validate(run: Training, window: Window) -> None:
+    """Validate in the middle of a run.
+
+    Raises:
+        UserError: too many videos can't be read; the state is saved before.
+    """
+    try:
+        with window.paused():
+            run.validation(run.step)  # type: ignore[misc]
+    except UserError:
+        save(run, window)
+        raise
 
 
 def save(run: Training, window: Window) -> bool:

@@ -6,30 +6,34 @@ Clips are random bytes made in memory; no video is read.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor
 
-from everest_ds.config.batches import ACCUMULATION, GLOBAL, MICRO
+from everest_ds.config.batches import ACCUMULATION, GLOBAL, MICRO, Batches
 from everest_ds.config.ds_config import zero_stage
 from everest_ds.config.errors import one_line_errors
+from everest_ds.config.finetuning import PHASES, FinetuneRecipe
 from everest_ds.config.load import build
 from everest_ds.config.logs import set_up_logging
 from everest_ds.config.schema import Recipe
+from everest_ds.data.loader import Batch
 from everest_ds.memory import meters
-from everest_ds.models import MaskedAutoencoder, forward_macs
-from everest_ds.models.patches import CHANNELS
+from everest_ds.memory.objectives import heaviest_mixing, random_batch
+from everest_ds.models import build_network, forward_macs
 from everest_ds.training import ranks
-from everest_ds.training.engine import build_pretraining_model, initialise, resolve
+from everest_ds.training.average import Average
+from everest_ds.training.engine import Built, build_model, initialise, resolve
+from everest_ds.training.objectives import Objective, objective_for
 
 # Steps before a step is like the ones to come: Adam makes its states in the first; ZeRO-3 records the order of modules
 # in its first two.
@@ -67,34 +71,20 @@ def measure(recipe: Recipe, raw_ds_config: dict[str, Any], *, steps: int = 3, sn
     # A process may measure several engines, and DeepSpeed leaves parts of an earlier one behind.
     leftover = meters.states_bytes(ranks.device())
     resident = meters.ResidentMeter()
-    model = build_pretraining_model(recipe)
-    ds, batches = resolve(raw_ds_config, recipe, model)
-    built = initialise(model, recipe, ds)
-    engine, device = built.engine, ranks.device()
-    clips, noise = (t.to(device) for t in synthetic_batch(recipe, model, batches.micro))
-    del model
-
-    def step() -> None:
-        losses = []  # as training/loop.py holds them
-        for _ in range(batches.accumulation):
-            loss = engine(clips, noise).loss
-            engine.backward(loss)
-            losses.append(loss.detach())
-            engine.step()
-
-    for _ in range(_WARM_UP_STEPS_ZERO3 if zero_stage(ds) == 3 else _WARM_UP_STEPS):
-        step()
+    run, device = _Run.start(recipe, raw_ds_config), ranks.device()
+    for _ in range(_WARM_UP_STEPS_ZERO3 if zero_stage(run.ds_config) == 3 else _WARM_UP_STEPS):
+        run.step()
     meters.return_free_memory()
     resident.forget_peak()
-    seconds = [_timed(step) for _ in range(steps)]
+    seconds = [_timed(run.step) for _ in range(steps)]
     rss_growth = resident.growth_bytes()
-    held = meters.states_bytes(device) - _bytes(clips) - _bytes(noise) - leftover
+    held = meters.states_bytes(device) - leftover - (_bytes(run.batch) if device.type == "cpu" else 0)
     with meters.allocator_snapshot(device, snapshot):
-        peak, device_memory = _peak(step, device)
+        peak, device_memory = _peak(run.step, device)
     step_s = statistics.median(seconds)
-    clips_per_s = batches.micro * batches.accumulation / step_s
-    macs = forward_macs(MaskedAutoencoder, recipe.model)
-    engine.destroy()
+    clips_per_s = run.batches.micro * run.batches.accumulation / step_s
+    macs = forward_macs(build_network, recipe.model)
+    run.built.engine.destroy()
     return Measured(
         rank=ranks.rank(),
         measured_peak_bytes=peak - leftover,
@@ -106,18 +96,62 @@ def measure(recipe: Recipe, raw_ds_config: dict[str, Any], *, steps: int = 3, sn
         step_spread_s=max(seconds) - min(seconds),
         clips_per_s=clips_per_s,
         flops_per_s=2 * _FORWARD_AND_BACKWARD * macs * clips_per_s,
-        matmul_flops_per_s=matmul_rate(device, next(iter(engine.module.parameters())).dtype),
-        optimizer=built.optimizer,
+        matmul_flops_per_s=matmul_rate(device, next(iter(run.built.engine.module.parameters())).dtype),
+        optimizer=run.built.optimizer,
     )
 
 
-def synthetic_batch(recipe: Recipe, model: MaskedAutoencoder, micro_batch: int) -> tuple[Tensor, Tensor]:
-    """Random clips, (B, 3, T, H, W) uint8, and the noise that selects their tokens."""
-    config = recipe.model
-    generator = torch.Generator().manual_seed(recipe.train.seed + ranks.rank())
-    shape = (micro_batch, CHANNELS, config.frames, config.image_size, config.image_size)
-    clips = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    return clips, torch.rand(micro_batch, model.budget.total, generator=generator)
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What a step needs: as in training/loop.py, but for the same clips at every step."""
+
+    built: Built
+    ds_config: dict[str, Any]
+    batches: Batches
+    objective: Objective
+    batch: Batch
+    average: Average | None
+
+    @classmethod
+    def start(cls, recipe: Recipe, raw_ds_config: dict[str, Any]) -> _Run:
+        model = build_model(recipe)
+        ds_config, batches = resolve(raw_ds_config, recipe, model)
+        built = initialise(model, recipe, ds_config)
+        generator = torch.Generator().manual_seed(recipe.train.seed + ranks.rank())
+        batch = random_batch(model, batches.micro, generator)
+        if not ranks.on_cpu():
+            batch = batch._replace(clips=batch.clips.pin_memory())
+        ema_decay = recipe.train.ema_decay if isinstance(recipe, FinetuneRecipe) else 0.0
+        return cls(
+            built=built,
+            ds_config=ds_config,
+            batches=batches,
+            objective=objective_for(with_heaviest_mixing(recipe)),
+            batch=batch,
+            average=Average(built.engine.module, ema_decay) if ema_decay else None,
+        )
+
+    def step(self) -> None:
+        """Run one optimizer step."""
+        engine, losses = self.built.engine, []  # losses live as long as in training/loop.py
+        for _ in range(self.batches.accumulation):
+            loss = self.objective(engine, self.batch)
+            engine.backward(loss)
+            losses.append(loss.detach())
+            engine.step()
+        if self.average is not None:
+            self.average.update()
+
+
+def with_heaviest_mixing(recipe: Recipe) -> Recipe:
+    """Return a recipe that mixes in every pass, and in the way that takes most memory: a run meets it soon enough."""
+    if not isinstance(recipe, FinetuneRecipe):
+        return recipe
+    kind = heaviest_mixing(recipe.augment)
+    if kind == "none":
+        return recipe
+    augment = dataclasses.replace(recipe.augment, mix_probability=1.0, cutmix_share=float(kind == "cutmix"))
+    return dataclasses.replace(recipe, augment=augment)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
@@ -150,16 +184,19 @@ def _peak(step: Any, device: torch.device) -> tuple[int, dict[str, int]]:
     return device_meter.allocated_bytes, memory
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.untyped_storage().nbytes()
+def _bytes(batch: Batch) -> int:
+    return sum(tensor.nbytes for tensor in (batch.clips, batch.noise, batch.labels, batch.index))
 
 
 def _load_libraries(jobs: list[dict[str, Any]]) -> None:
     """Run a tiny model under each configuration: what is loaded on first use shouldn't count as a job's memory."""
-    tiny = build(Recipe, {"model": {"size": "vit_micro", "image_size": 32}, "train": {"micro_batch": 1}})
-    for ds_config in {json.dumps(job["ds_config"]): job["ds_config"] for job in jobs}.values():
-        batch_free = {key: value for key, value in ds_config.items() if key not in (GLOBAL, MICRO, ACCUMULATION)}
-        measure(tiny, batch_free, steps=1)
+    tiny = {"size": "vit_micro", "image_size": 32}
+    models = {"pretrain": tiny, "finetune": {**tiny, "classes": 2}}
+    different = {json.dumps([job["phase"], job["ds_config"]]): job for job in jobs}
+    for job in different.values():
+        recipe = build(PHASES[job["phase"]], {"model": models[job["phase"]], "train": {"micro_batch": 1}})
+        batch_free = {key: value for key, value in job["ds_config"].items() if key not in (GLOBAL, MICRO, ACCUMULATION)}
+        measure(recipe, batch_free, steps=1)
 
 
 def main(jobs_file: str, out: str) -> None:
@@ -178,7 +215,8 @@ def main(jobs_file: str, out: str) -> None:
         for number, job in enumerate(jobs):
             if ranks.is_main():
                 print(f"measuring {number + 1}/{len(jobs)}: {job['name']}", file=sys.stderr, flush=True)
-            results.append(asdict(measure(build(Recipe, job["recipe"]), job["ds_config"], steps=job["steps"])))
+            recipe = build(PHASES[job["phase"]], job["recipe"])
+            results.append(dataclasses.asdict(measure(recipe, job["ds_config"], steps=job["steps"])))
             gc.collect()
         Path(out, f"rank-{ranks.rank()}.json").write_text(json.dumps(results), encoding="utf-8")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from everest_ds.config.errors import UserError
-from everest_ds.config.load import dump, load_recipe
+from everest_ds.config.load import AnyRecipe, dump, load_as
 from everest_ds.config.schema import Recipe
 from everest_ds.models.weights import WEIGHTS_FILE
 
@@ -39,6 +39,11 @@ class RunDir:
     def metrics(self) -> Path:
         """One JSON object per logged step."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def validations(self) -> Path:
+        """One JSON object per validation."""
+        return self.path / "validation.jsonl"
 
     @property
     def env(self) -> Path:
@@ -81,8 +86,8 @@ class RunDir:
         """Whether a run here can be continued."""
         return (self.checkpoints / "latest").is_file()
 
-    def read_recipe(self) -> Recipe:
-        """Return the resolved recipe of the run that is here.
+    def read_recipe(self, kind: type[AnyRecipe]) -> AnyRecipe:
+        """Return the resolved recipe of the run that is here, pre-training's or fine-tuning's.
 
         Raises:
             UserError: this isn't a run directory, or its configuration can't be read.
@@ -90,7 +95,7 @@ class RunDir:
         if not self.holds_run():
             raise UserError(f"{self.path}: not a run directory (no config.yaml in it)")
         try:
-            return load_recipe(self.config)
+            return load_as(kind, self.config)
         except UserError as error:
             raise UserError(f"{self.config}: not the configuration of a run ({error})") from error
 

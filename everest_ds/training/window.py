@@ -45,6 +45,13 @@ class Window:
         yield
         self._waited_s += time.perf_counter() - start
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside out: validation is no training step."""
+        start = time.perf_counter()
+        yield
+        self._opened += time.perf_counter() - start
+
     def add(self, loss: Tensor) -> None:
         """Add a step's loss, a scalar on the device."""
         loss = loss.float()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 from video_files import moving_frames, read_all, write_video
 
 from everest_ds.config.errors import UserError
+from everest_ds.config.finetuning import AugmentConfig
 from everest_ds.config.schema import DataConfig
 from everest_ds.data import dataset as module
+from everest_ds.data.augment import ClipAugment
 from everest_ds.data.dataset import MAX_ATTEMPTS, ClipDataset, Sample
 from everest_ds.data.decode import DecodeError
 from everest_ds.data.manifest import Entry
@@ -82,12 +85,150 @@ def test_all_views_come_from_one_opened_file(videos: list[Entry], monkeypatch: p
 
 def test_without_augmentation_the_centre_is_taken(videos: list[Entry]) -> None:
     dataset = make(videos, data={"clips_per_video": 2}, augment=False, image_size=48)
-    clips = dataset[0, 0].clips  # 34 frames: starts 0 ... 18, of which the middles of two halves are 4 and 14
+    clips = dataset[0, 0].clips  # 34 frames: starts 0 ... 18
     truth = torch.from_numpy(read_all(Path(videos[0].path))).permute(3, 0, 1, 2)[..., 8:56]
-    for clip, start in zip(clips, (4, 14), strict=True):
+    for clip, start in zip(clips, (0, 18), strict=True):
         assert (clip.float() - truth[:, start : start + 16 : 2].float()).abs().mean() < 2
     assert same(dataset[0, 0], dataset[3, 0]) is False  # noise is still drawn by epoch
     assert torch.equal(dataset[0, 0].clips, dataset[3, 0].clips)
+
+
+def truth_of(video: Entry) -> torch.Tensor:
+    """Return all frames as a float clip (3, T, H, W)."""
+    return torch.from_numpy(read_all(Path(video.path))).permute(3, 0, 1, 2).float()
+
+
+def shown(clip: torch.Tensor, truth: torch.Tensor) -> list[int]:
+    """Return for each frame of a clip (3, T, 48, 48) the frame of the video (3, L, 48, 64) whose centre is like it."""
+    differences = (clip.float()[:, :, None] - truth[:, None, ..., 8:56]).abs().mean(dim=(0, 3, 4))
+    assert differences.min(dim=1).values.max() < 2
+    return differences.argmin(dim=1).tolist()
+
+
+def test_segments_span_the_whole_video(videos: list[Entry]) -> None:
+    dataset = make(videos, data={"sampling": "segments", "clips_per_video": 2}, augment=False, image_size=48)
+    truth = truth_of(videos[6])  # 40 frames: parts of 5
+    first, second = dataset[0, 6].clips
+    assert shown(first, truth) == [1, 6, 11, 16, 21, 26, 31, 36]
+    assert shown(second, truth) == [3, 8, 13, 18, 23, 28, 33, 38]
+    data = {"sampling": "segments", "flip": False, "crop": "resized", "crop_area": (0.75, 0.75)}
+    random = make(videos, data=data, image_size=48)
+    assert not torch.equal(random[0, 6].clips, random[1, 6].clips)
+    assert random[0, 6].clips.shape == (1, 3, 8, 48, 48)
+
+
+def test_segments_of_a_video_with_fewer_frames(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "four.mp4", moving_frames(4))
+    entries = [Entry(str(path), 0)]
+    clip = ClipDataset.for_evaluation(entries, DataConfig(sampling="segments"), frames=8, image_size=48)[0, 0].clips[0]
+    assert shown(clip, truth_of(entries[0])) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_a_resized_crop_is_cut(videos: list[Entry]) -> None:
+    data = {"crop": "resized", "crop_area": (0.1, 0.9)}
+    first, again, multiscale = make(videos, data=data)[2, 3], make(videos, data=data)[2, 3], make(videos)[2, 3]
+    assert first.clips.shape == (1, 3, 8, 32, 32)
+    assert same(first, again)
+    assert torch.equal(first.noise, multiscale.noise)
+    assert not torch.equal(first.clips, multiscale.clips)
+
+
+class TestTransform:
+    def test_it_is_given_every_clip_and_a_generator_of_its_own(self, videos: list[Entry]) -> None:
+        seen = []
+
+        def transform(clip: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+            seen.append((clip, tuple(rng.integers(2**63, size=2))))
+            return 255 - clip
+
+        plain = make(videos, data={"clips_per_video": 2})
+        transformed = make(videos, data={"clips_per_video": 2}, transform=transform)
+        for key in ((0, 4), (1, 4), (0, 5)):
+            sample = transformed[key]
+            assert torch.equal(255 - sample.clips, plain[key].clips)
+            assert torch.equal(sample.noise, plain[key].noise)
+        draws = [draw for _, draw in seen]
+        assert len(draws) == len(set(draws)) == 6
+        assert {(clip.shape, clip.dtype) for clip, _ in seen} == {((3, 8, 32, 32), torch.uint8)}
+        transformed[0, 4]
+        assert [draw for _, draw in seen[6:]] == draws[:2]
+
+    def test_it_is_not_for_evaluation(self, videos: list[Entry]) -> None:
+        plain = make(videos, augment=False)
+        assert same(make(videos, augment=False, transform=lambda *_: torch.zeros(0))[0, 3], plain[0, 3])
+
+
+class TestEvaluation:
+    def make(self, entries: Sequence[Entry], data: DataConfig | None = None, **views: int) -> ClipDataset:
+        return ClipDataset.for_evaluation(entries, data or DataConfig(stride=2), frames=8, image_size=48, **views)
+
+    def test_views_are_ordered_clip_by_clip(self, videos: list[Entry]) -> None:
+        dataset = self.make(videos, clips=2, crops=3)
+        sample = dataset[0, 0]
+        truth = truth_of(videos[0])  # 34 frames, 48 x 64: starts 0 ... 18
+        expected = [(start, left) for start in (0, 18) for left in (0, 8, 16)]
+        assert dataset.views == len(sample.clips) == 6
+        for clip, (start, left) in zip(sample.clips, expected, strict=True):
+            assert (clip.float() - truth[:, start : start + 16 : 2, :, left : left + 48]).abs().mean() < 2
+        assert sample.noise.shape == (6, 0)
+        assert (sample.label, sample.index, sample.bad) == (0, 0, [])
+
+    def test_one_view_is_the_centre_of_the_middle(self, videos: list[Entry]) -> None:
+        sample = self.make(videos)[0, 0]
+        assert sample.clips.shape == (1, 3, 8, 48, 48)
+        assert shown(sample.clips[0], truth_of(videos[0])) == list(range(9, 25, 2))
+
+    def test_tall_frames_are_cut_from_top_to_bottom(self, tmp_path: Path) -> None:
+        path = write_video(tmp_path / "tall.mp4", moving_frames(20, height=64, width=48))
+        clips = self.make([Entry(str(path), 0)], crops=2)[0, 0].clips
+        truth = truth_of(Entry(str(path), 0))
+        for clip, top in zip(clips, (0, 16), strict=True):
+            assert (clip.float() - truth[:, 2:18:2, top : top + 48]).abs().mean() < 2
+
+    def test_nothing_is_random(self, videos: list[Entry]) -> None:
+        data = DataConfig(stride=2, crop="resized", clips_per_video=3)
+        one, other = self.make(videos, data, clips=2), self.make(videos, clips=2)
+        assert same(one[0, 4], other[7, 4])
+        assert one.views == 2
+
+    def test_a_file_is_opened_once_and_decoded_once_per_clip(
+        self, videos: list[Entry], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        frames: list[int] = []
+
+        def counting(*arguments: Any) -> np.ndarray:
+            frames.append(len(real(*arguments)))
+            return real(*arguments)
+
+        real = module.decode
+        monkeypatch.setattr(module, "decode", counting)
+        self.make(videos, clips=2, crops=3)[0, 2]
+        assert frames == [16]
+
+    def test_one_frame(self, tmp_path: Path) -> None:
+        path = write_video(tmp_path / "one.mp4", moving_frames(1))
+        for sampling in ("dense", "segments"):
+            sample = self.make([Entry(str(path), 0)], DataConfig(sampling=sampling), clips=2, crops=2)[0, 0]
+            assert sample.clips.shape == (4, 3, 8, 48, 48)
+            assert (sample.clips == sample.clips[:, :, :1]).all()
+
+    def test_an_unreadable_video_is_lost_in_all_its_views(self, videos: list[Entry]) -> None:
+        sample = self.make([Entry("/nowhere.mp4", 9), *videos], clips=2, crops=3)[0, 0]
+        assert sample.clips.shape == (6, 3, 8, 48, 48)
+        assert (sample.index, sample.label) == (-1, -1)
+        assert [failure.path for failure in sample.bad] == ["/nowhere.mp4"]
+
+    def test_several_crops_are_for_evaluation_alone(self, videos: list[Entry]) -> None:
+        with pytest.raises(ValueError, match="a random clip has one crop"):
+            make(videos, crops=3)
+
+
+@pytest.mark.parametrize("data", [{}, {"sampling": "segments", "crop": "resized"}])
+def test_a_dataset_can_be_sent_to_a_spawned_worker(videos: list[Entry], data: dict[str, Any]) -> None:
+    dataset = make(videos, data=data, transform=ClipAugment(AugmentConfig()))
+    # Its shared marks travel by torch.multiprocessing alone.
+    dataset.reading = torch.zeros(1, dtype=torch.int64)
+    assert same(pickle.loads(pickle.dumps(dataset))[0, 0], dataset[0, 0])
 
 
 def test_stride_crops_and_flip_follow_the_configuration(videos: list[Entry]) -> None:

@@ -251,6 +251,32 @@ class TestLoading:
             take(build_loader(make(videos, workers=workers), [[(0, 7)]]), 1)
 
 
+class TestEvaluation:
+    def load(self, entries: list[Entry], workers: int = 0, **views: int) -> list[Batch]:
+        data = DataConfig(workers=workers, stride=2, prefetch=2)
+        dataset = ClipDataset.for_evaluation(entries, data, frames=8, image_size=32, **views)
+        return list(build_loader(dataset, evaluation_batches(len(entries), batch=5)))
+
+    def test_all_views_of_a_video_are_in_one_batch(self, videos: list[Entry]) -> None:
+        batches = self.load(videos, clips=2, crops=3)
+        assert [len(batch.clips) for batch in batches] == [30, 30, 12]
+        assert [batch.noise.shape for batch in batches] == [(30, 0), (30, 0), (12, 0)]
+        found = torch.cat([batch.index for batch in batches])
+        assert found.tolist() == [video for video in range(12) for _ in range(6)]
+        assert torch.equal(torch.cat([batch.labels for batch in batches]), found)
+
+    def test_workers_change_nothing(self, videos: list[Entry]) -> None:
+        assert_same(self.load(videos, clips=2), self.load(videos, workers=2, clips=2))
+
+    def test_unreadable_videos_count_once_whatever_the_views(self, videos: list[Entry]) -> None:
+        entries = [*videos[:7], Entry("/nowhere.mp4", 3), *videos[7:]]
+        counted = BadSamples(max_share=0.1, clips_per_video=6, lost_ends=False, key="data.test")
+        for batch in self.load(entries, clips=2, crops=3):
+            counted.add(batch)
+            counted.check()
+        assert counted.counts == BadCounts(tried=13, bad=1, lost=1)
+
+
 class TestBadFiles:
     def test_bad_files_among_good_ones(self, videos: list[Entry], bad_files: dict[str, Path], tmp_path: Path) -> None:
         one = write_video(tmp_path / "one.mp4", moving_frames(1))

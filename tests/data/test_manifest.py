@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from everest_ds.config.errors import UserError
-from everest_ds.data.manifest import Entry, read_manifest
+from everest_ds.data.manifest import Entry, check_labels, count_classes, read_manifest
 
 
 def read(tmp_path: Path, text: str | bytes, root: str | None = "/r") -> list[Entry]:
@@ -116,3 +116,35 @@ def test_unusable_manifests_name_the_key(tmp_path: Path, content: bytes | str | 
 
 def test_videos_need_not_exist(tmp_path: Path) -> None:
     assert len(read(tmp_path, "".join(f"{i}.mp4 {i}\n" for i in range(10_000)), root="/nowhere")) == 10_000
+
+
+def test_classes_are_counted_from_zero() -> None:
+    assert count_classes([Entry("/a.mp4", 4), Entry("/b.mp4", 0)]) == 5
+    assert count_classes([Entry("/a.mp4", 0)]) == 1
+    assert count_classes([Entry("/a.mp4", None)]) == count_classes([]) == 0
+
+
+def test_labels_of_known_classes_pass() -> None:
+    check_labels([Entry("/a.mp4", 0), Entry("/b.mp4", 7)], 8, key="data.val")
+    check_labels([], 8, key="data.val")
+
+
+@pytest.mark.parametrize("label", [8, 9, -1])
+def test_a_label_out_of_range_is_named(label: int) -> None:
+    entries = [Entry("/x/6.mp4", 7), Entry("/x/7.mp4", label), Entry("/x/8.mp4", 99)]
+    with pytest.raises(UserError) as caught:
+        check_labels(entries, 8, key="data.val")
+    message = str(caught.value)
+    assert message.startswith(f"data.val: /x/7.mp4 has label {label}, but the classifier knows classes 0 ... 7; ")
+    assert "correct the manifest" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(("classes", "known"), [(8, "0 ... 7"), (0, "0, 1, ...")])
+def test_a_missing_label_is_named(classes: int, known: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_labels([Entry("/x/7.mp4", None)], classes, key="data.train")
+    message = str(caught.value)
+    assert message.startswith(f"data.train: /x/7.mp4 has no label; a classifier needs one of {known} for every video")
+    assert "path,label" in message
+    assert "\n" not in message

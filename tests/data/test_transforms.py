@@ -1,12 +1,27 @@
 from __future__ import annotations
 
+import math
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms.v2 import RandomResizedCrop
 
-from everest_ds.data.transforms import Crop, centre_crop, crop_places, crop_shapes, cut, draw_crop
+from everest_ds.config.schema import DataConfig
+from everest_ds.data.transforms import (
+    RANDOM_CROPS,
+    Crop,
+    crop_places,
+    crop_shapes,
+    cut,
+    draw_crop,
+    draw_resized_crop,
+    draw_seed,
+    square_crops,
+    torch_seeded,
+)
 
 SCALES = (1.0, 0.875, 0.75, 0.66)
 
@@ -64,17 +79,83 @@ def test_shapes_places_and_flips_are_uniform() -> None:
 
 
 def test_switching_flip_off_changes_nothing_else() -> None:
-    with_flip, without = (
-        [draw_crop(256, 340, 224, scales=SCALES, flip=flip, rng=np.random.default_rng(s)) for s in range(50)]
-        for flip in (True, False)
-    )
-    assert any(crop.flip for crop in with_flip)
-    assert [crop._replace(flip=False) for crop in with_flip] == without
+    for kind, draw in RANDOM_CROPS.items():
+        with_flip, without = (
+            [draw(DataConfig(flip=flip), 224)(256, 340, rng=np.random.default_rng(s)) for s in range(50)]
+            for flip in (True, False)
+        )
+        assert any(crop.flip for crop in with_flip), kind
+        assert [crop._replace(flip=False) for crop in with_flip] == without
 
 
-def test_centre_crop() -> None:
-    assert centre_crop(100, 181) == Crop(0, 40, 100, 100)
-    assert centre_crop(181, 100) == Crop(40, 0, 100, 100)
+class TestResizedCrop:
+    def draw(self, height: int, width: int, count: int, area: tuple[float, float] = (0.08, 1.0)) -> list[Crop]:
+        rng = np.random.default_rng(0)
+        return [draw_resized_crop(height, width, area=area, flip=True, rng=rng) for _ in range(count)]
+
+    @pytest.mark.parametrize(("height", "width"), [(256, 340), (48, 64), (64, 48), (7, 500), (1, 1)])
+    def test_it_is_torchvisions(self, height: int, width: int) -> None:
+        rule = RandomResizedCrop(224, scale=(0.2, 0.9))
+        for seed in range(50):
+            torch.manual_seed(draw_seed(np.random.default_rng(seed)))
+            expected = rule.make_params([torch.zeros(3, height, width)])
+            crop = draw_resized_crop(height, width, area=(0.2, 0.9), flip=True, rng=np.random.default_rng(seed))
+            assert crop._replace(flip=False) == Crop(**expected)
+
+    def test_areas_aspects_and_flips(self) -> None:
+        # Areas up to 0.7 fit with any aspect, so that none is drawn again.
+        crops = self.draw(1000, 1000, 3000, area=(0.1, 0.7))
+        areas = np.array([crop.height * crop.width for crop in crops]) / 1e6
+        aspects = np.log([crop.width / crop.height for crop in crops])
+        for values, low, high in ((areas, 0.1, 0.7), (aspects, -math.log(4 / 3), math.log(4 / 3))):
+            counts, _ = np.histogram(values, bins=6, range=(low - 0.01, high + 0.01))
+            assert counts.sum() == 3000
+            assert counts.max() < 1.3 * counts.min()
+        assert 0.46 < np.mean([crop.flip for crop in crops]) < 0.54
+
+    @pytest.mark.parametrize(("height", "width"), [(256, 340), (3, 2), (1, 1), (20, 500)])
+    def test_crops_lie_in_the_frame(self, height: int, width: int) -> None:
+        for crop in self.draw(height, width, 300):
+            assert crop.height >= 1
+            assert crop.width >= 1
+            assert 0 <= crop.top <= height - crop.height
+            assert 0 <= crop.left <= width - crop.width
+
+    def test_where_nothing_fits_the_centre_is_taken(self) -> None:
+        assert {crop._replace(flip=False) for crop in self.draw(30, 400, 20, area=(1.0, 1.0))} == {Crop(0, 180, 30, 40)}
+
+    def test_the_global_generators_are_left_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        reseeded: list[int] = []
+        monkeypatch.setattr(torch.cuda, "manual_seed_all", reseeded.append)
+        torch.manual_seed(0)
+        assert len(reseeded) == 1
+        before = torch.get_rng_state()
+        self.draw(256, 340, 3)
+        with pytest.raises(RuntimeError, match="mine"), torch_seeded(1):
+            raise RuntimeError("mine")
+        assert torch.equal(torch.get_rng_state(), before)
+        assert len(reseeded) == 1
+
+
+def test_the_configuration_names_the_crop() -> None:
+    def draw(**settings: Any) -> Crop:
+        data = DataConfig(**settings)
+        return RANDOM_CROPS[data.crop](data, 224)(256, 340, rng=np.random.default_rng(3))
+
+    rng = np.random.default_rng(3)
+    assert draw(crop_scales=(0.5,)) == draw_crop(256, 340, 224, scales=(0.5,), flip=True, rng=rng)
+    rng = np.random.default_rng(3)
+    expected = draw_resized_crop(256, 340, area=(0.5, 0.6), flip=False, rng=rng)
+    assert draw(crop="resized", crop_area=(0.5, 0.6), flip=False) == expected
+
+
+def test_square_crops() -> None:
+    assert square_crops(100, 181, 1) == [Crop(0, 40, 100, 100)]
+    assert square_crops(181, 100, 1) == [Crop(40, 0, 100, 100)]
+    assert square_crops(100, 181, 3) == [Crop(0, left, 100, 100) for left in (0, 40, 81)]
+    assert square_crops(181, 100, 3) == [Crop(top, 0, 100, 100) for top in (0, 40, 81)]
+    assert square_crops(256, 340, 5) == [Crop(0, left, 256, 256) for left in (0, 21, 42, 63, 84)]
+    assert square_crops(60, 60, 2) == [Crop(0, 0, 60, 60)] * 2
 
 
 def test_a_crop_of_the_outputs_size_is_copied_exactly() -> None:

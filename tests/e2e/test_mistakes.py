@@ -1,9 +1,17 @@
 """A user's mistake: one line that says what, where and what to do; exit code 2; no trace."""
 
 import json
+import os
+import pickle
 
 import pytest
 from launching import DS_CONFIGS, deepspeed, run
+from safetensors.torch import save_file
+
+from everest_ds.config.finetuning import ClassifierConfig
+from everest_ds.config.load import to_tree
+from everest_ds.models import VideoClassifier
+from everest_ds.models.weights import CONFIG_KEY
 
 SMALL = (
     "data.stride=1 data.workers=0 data.crop_scales=[0.75] model.size=vit_micro model.image_size=48 "
@@ -16,10 +24,14 @@ def pretrain(*arguments, ds=ZERO1):
     return run("run/pretrain.py", "--ds_config", ds, *arguments)
 
 
-def assert_one_line(done, told: str) -> None:
+def finetune(*arguments, ds=ZERO1):
+    return run("run/finetune.py", "--ds_config", ds, *arguments)
+
+
+def assert_one_line(done, told: str, command: str = "pretrain") -> None:
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    reports = [line for line in done.stderr.splitlines() if line.startswith("pretrain: error: ")]
+    reports = [line for line in done.stderr.splitlines() if line.startswith(f"{command}: error: ")]
     assert len(reports) == 1, done.stderr
     assert told in reports[0]
 
@@ -91,3 +103,49 @@ def test_resuming(motion_videos, tmp_path):
     for part in (folder / "checkpoints/step-00000004").glob("*.pt"):
         part.write_bytes(part.read_bytes()[:1000])
     assert_one_line(pretrain(*command, "--resume", "auto", "train.max_steps=6"), "does not load")
+
+
+def test_mistakes_in_finetuning(motion_videos, tmp_path):
+    """Labels, classes and weights that don't go together; each ends before anything is written."""
+    folder = tmp_path / "run"
+    good = [*SMALL, f"data.train={motion_videos}", f"data.val={motion_videos}", f"train.output_dir={folder}"]
+
+    def refused(told: str, *arguments, ds=ZERO1):
+        assert_one_line(finetune(*good, *arguments, ds=ds), told, "finetune")
+        assert not folder.exists()
+
+    empty, unlabelled, beyond = (tmp_path / f"{name}.csv" for name in ("empty", "unlabelled", "beyond"))
+    empty.write_text("path,label\n")
+    unlabelled.write_text("a.mp4\nb.mp4\n")
+    beyond.write_text("a.mp4,3\nb.mp4,8\n")
+    refused("lists no video", f"data.val={empty}")
+    refused("has no label", f"data.train={unlabelled}")
+    refused("b.mp4 has label 8, but the classifier knows classes 0 ... 7", f"data.val={beyond}")
+    refused("has label 2, but the classifier knows classes 0 ... 1", "model.classes=2")
+    refused("no such file", "--from", tmp_path / "nothing.safetensors")
+    refused("no whole parameters to average under ZeRO-3", "train.ema_decay=0.9", ds=DS_CONFIGS / "zero3.json")
+    refused("ranks tokens without noise: rero or least", "model.selector=tube")
+
+    other = VideoClassifier(ClassifierConfig(size="vit_micro", image_size=48, classes=5))
+    weights = tmp_path / "other.safetensors"
+    save_file(other.state_dict(), weights, metadata={CONFIG_KEY: json.dumps(to_tree(other.config))})
+    refused("has a head of 5 classes, this run 8; with train.new_head=true", "--from", weights, "model.classes=8")
+    refused("but the classifier knows classes 0 ... 4", "--from", weights)
+    refused(
+        "has model.size = vit_micro, this run vit_small", "--from", weights, "model.size=vit_small", "model.classes=5"
+    )
+    dangerous = tmp_path / "dangerous.pth"
+    ran = tmp_path / "ran"
+    dangerous.write_bytes(pickle.dumps({"model": RunsCode(f"touch {ran}")}))
+    refused("nor a state dict", "--from", dangerous)
+    assert not ran.exists()
+
+
+class RunsCode:
+    """Its pickle runs a command when it is read."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)

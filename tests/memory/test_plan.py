@@ -7,7 +7,8 @@ from launching import DS_CONFIGS
 
 from everest_ds.config.ds_config import load_ds_config
 from everest_ds.config.errors import UserError
-from everest_ds.config.load import load_recipe
+from everest_ds.config.finetuning import FinetuneRecipe
+from everest_ds.config.load import load_as, load_recipe
 from everest_ds.memory.official import official_plan
 from everest_ds.memory.overheads import NONE, Overheads
 from everest_ds.memory.plan import Plan, plan
@@ -68,6 +69,36 @@ def test_accumulated_gradients_take_memory():
     one, many = (make(f"train.global_batch={32 * passes}", ds="zero0", ranks=1, batch=32) for passes in (1, 4))
     assert many.batches.accumulation == 4
     assert many.predicted_peak_bytes > one.predicted_peak_bytes + one.trace.elements
+
+
+def finetuning(*overrides: str) -> FinetuneRecipe:
+    keys = ["model.size=vit_micro", "model.image_size=48", "train.micro_batch=4"]
+    return load_as(FinetuneRecipe, None, [*keys, *overrides])
+
+
+def test_fewer_tokens_need_less_in_fine_tuning():
+    ds = load_ds_config(DS_CONFIGS / "zero0.json")
+    less, all_tokens = (
+        plan(finetuning("model.classes=10", f"model.keep_ratio={keep}"), ds, ranks=2) for keep in (0.6, 1.0)
+    )
+    assert less.predicted_peak_bytes < all_tokens.predicted_peak_bytes
+    assert less.states_bytes == all_tokens.states_bytes
+
+
+def test_averaged_weights_take_a_copy_and_in_half_precision_another_for_a_moment():
+    ds = load_ds_config(DS_CONFIGS / "zero0.json") | {"bf16": {"enabled": True}}
+    plain, averaged = (
+        plan(finetuning("model.classes=10", *keys), ds, ranks=1) for keys in ([], ["train.ema_decay=0.9"])
+    )
+    copy = 4 * plain.trace.elements
+    assert averaged.states_bytes - plain.states_bytes == copy
+    (end,), (update,) = (planned.curves for planned in (plain, averaged))
+    assert update.live(4)[-2] - end.live(4)[-1] == 2 * copy
+
+
+def test_a_classifier_needs_its_classes():
+    with pytest.raises(UserError, match=r"model\.classes"):
+        plan(finetuning(), {}, ranks=1)
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused():

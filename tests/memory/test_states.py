@@ -4,11 +4,12 @@ import json
 
 import pytest
 
+from everest_ds.config.finetuning import ClassifierConfig
 from everest_ds.config.schema import ModelConfig
 from everest_ds.memory.setting import FlatGroup, ZeroSetting, groups_of
-from everest_ds.memory.states import states
+from everest_ds.memory.states import averaged_weights, states
 from everest_ds.memory.trace import Parameter, TraceSpec, trace_step
-from everest_ds.models import create_model
+from everest_ds.models import build_network
 from everest_ds.models.parameter_groups import parameter_groups
 
 MODEL = ModelConfig(size="vit_micro", image_size=48)
@@ -58,12 +59,39 @@ def test_every_item_states_formula_and_source(parameters, stage):
         assert "/" in item.source or item.source.startswith("everest_ds")
 
 
-def test_groups_are_the_optimizers(parameters):
-    model = create_model("vit_micro", image_size=48)
-    names = {id(p): name for name, p in model.named_parameters()}
-    ours = [[p.name for p in group] for group in groups_of(parameters)]
-    theirs = [[names[id(p)] for p in group["params"]] for group in parameter_groups(model, 0.05)]
+CLASSIFIER = ClassifierConfig(size="vit_micro", image_size=48, classes=10)
+
+
+@pytest.mark.parametrize(
+    ("model", "weight_decay", "layer_decay", "groups"),
+    [(MODEL, 0.05, 1.0, 2), (MODEL, 0.0, 1.0, 1), (CLASSIFIER, 0.05, 1.0, 2), (CLASSIFIER, 0.05, 0.75, 12)],
+)
+def test_groups_are_the_optimizers(model, weight_decay, layer_decay, groups):
+    spec = TraceSpec(model=model, weight_decay=weight_decay, layer_decay=layer_decay)
+    ours = [[p.name for p in group] for group in groups_of(trace_step(spec).parameters)]
+    network = build_network(model)
+    names = {id(p): name for name, p in network.named_parameters()}
+    theirs = [[names[id(p)] for p in g["params"]] for g in parameter_groups(network, weight_decay, layer_decay)]
     assert ours == theirs
+    assert len(ours) == groups  # of a classifier of four blocks: the embedding, the blocks and the head, two each
+
+
+def test_zero2_pads_every_group():
+    decayed, plain = (
+        trace_step(TraceSpec(model=CLASSIFIER, layer_decay=layer_decay)).parameters for layer_decay in (0.75, 1.0)
+    )
+    setting = ZeroSetting(stage=2, precision="fp32", ranks=7)
+    sizes = [{i.name: i.size_bytes for i in states(parameters, setting)} for parameters in (decayed, plain)]
+    groups = [[sum(p.elements for p in group) for group in groups_of(parameters)] for parameters in (decayed, plain)]
+    padded = [sum(-(-elements // 14) * 14 for elements in group) for group in groups]
+    for size, elements in zip(sizes, padded, strict=True):
+        assert size["parameters"] == 4 * elements
+        assert size["Adam moments"] == 8 * elements // 7
+    assert padded[0] > padded[1]
+
+
+def test_the_average_of_the_weights_is_whole_on_every_rank(parameters):
+    assert averaged_weights(parameters).size_bytes == 4 * sum(p.elements for p in parameters)
 
 
 def test_partitions_are_padded_and_pieces_fill_them():

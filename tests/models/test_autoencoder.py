@@ -5,7 +5,7 @@ import torch
 import everest_ds
 from everest_ds.config.errors import UserError
 from everest_ds.config.finetuning import ClassifierConfig
-from everest_ds.config.schema import ModelConfig
+from everest_ds.config.schema import FrameSelectionConfig, ModelConfig
 from everest_ds.config.sizes import SIZES
 from everest_ds.models import MaskedAutoencoder, VideoClassifier
 from everest_ds.models.patches import patchify, unpatchify
@@ -17,7 +17,7 @@ METHODS = ("everest", "videomae")
 
 def clips(config: ModelConfig, batch: int = 2) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    shape = (batch, 3, config.frames, config.image_size, config.image_size)
+    shape = (batch, 3, config.candidate_frames, config.image_size, config.image_size)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
@@ -34,6 +34,8 @@ SHAPES = [
     small(checkpointing="full"),
     small(frames=6, tubelet=3, image_size=40, keep_ratio=0.5),
     small(decoder_depth=1, decoder_width=32, decoder_heads=4, attention="fused"),
+    small(frame_selection=FrameSelectionConfig(alpha=1.5)),
+    small(frame_selection=FrameSelectionConfig(alpha=3), frames=6, tubelet=3, checkpointing="full", keep_ratio=0.5),
 ]
 
 
@@ -85,7 +87,7 @@ def test_checkpointing_changes_nothing(method, mode):
     assert all(torch.equal(a, b) for a, b in zip(grads, grads_again, strict=True))
 
 
-@pytest.mark.parametrize("config", SHAPES[:3], ids=str)
+@pytest.mark.parametrize("config", [*SHAPES[:3], SHAPES[-2]], ids=str)
 def test_visible_and_reconstructed_are_disjoint_ascending_and_as_counted(config):
     model = MaskedAutoencoder(config)
     out = model(clips(config, 4))

@@ -4,7 +4,7 @@ import pytest
 from golden_fixtures import facts
 
 from everest_ds.config.finetuning import ClassifierConfig
-from everest_ds.config.schema import ModelConfig
+from everest_ds.config.schema import FrameSelectionConfig, ModelConfig
 from everest_ds.models import MaskedAutoencoder, VideoClassifier
 from everest_ds.models.flops import forward_macs
 
@@ -60,6 +60,13 @@ def test_pretraining_compute_is_the_official_models(key, size, settings):
     entry = facts("flops")["entries"][key]
     config = ModelConfig(size=size, **settings)
     assert count_gmacs(MaskedAutoencoder, config) == pytest.approx(entry["macs"] / 1e9, rel=1e-6)
+
+
+def test_frame_selection_embeds_the_candidates_and_costs_nothing_else():
+    off = ModelConfig(size="vit_base", keep_ratio=0.5)
+    on = ModelConfig(size="vit_base", keep_ratio=0.5, frame_selection=FrameSelectionConfig(alpha=1.5))
+    more_tokens, width, pixels = (12 - 8) * 196, 768, 3 * 2 * 16 * 16
+    assert forward_macs(MaskedAutoencoder, on) - forward_macs(MaskedAutoencoder, off) == more_tokens * width * pixels
 
 
 @pytest.mark.parametrize("method", ["everest", "videomae"])

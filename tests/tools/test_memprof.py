@@ -6,16 +6,22 @@ import statistics
 import sys
 
 import pytest
+import torch
 from launching import DS_CONFIGS, ROOT, run
 
 sys.path.insert(0, str(ROOT))
 
-from everest_ds.config.load import load_recipe
+from everest_ds.config.ds_config import load_ds_config
+from everest_ds.config.finetuning import FinetuneRecipe
+from everest_ds.config.load import load_as
+from everest_ds.config.schema import Recipe
+from everest_ds.memory.plan import plan
 from tools.memprof import matrix
 from tools.memprof.__main__ import main
 
 MIB = 2**20
 MICRO = ["model.size=vit_micro", "model.image_size=48"]
+HALF_MATMUL = torch.ops.mkldnn._is_mkldnn_fp16_supported()  # fp16 is refused where the CPU has none
 
 
 def memprof(*arguments: str, **options):
@@ -31,6 +37,19 @@ def test_plan_prints_one_json_object():
     assert sum(result["device"].values()) == result["predicted_peak_bytes"] > 0
     assert result["host"]["Adam moments"] > 0
     assert result["config"]["batches"]["total"] == 32
+
+
+def test_a_plan_of_fine_tuning_is_that_of_its_recipe(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    command = ["plan", "--phase", "finetune", "--model", "vit_micro", "--micro-batch", "4", "--json"]
+    assert main([*command, "--classes", "10", "model.image_size=48", "train.ema_decay=0.99"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    keys = ["model.size=vit_micro", "model.image_size=48", "model.classes=10", "train.micro_batch=4"]
+    recipe = load_as(FinetuneRecipe, None, [*keys, "train.ema_decay=0.99"])
+    assert result["config"]["model"]["classes"] == 10
+    assert result["device"]["averaged weights"] == 4 * result["config"]["parameters"]
+    planned = plan(recipe, load_ds_config(DS_CONFIGS / "zero2.json"), ranks=1)
+    assert result["predicted_peak_bytes"] == planned.predicted_peak_bytes
 
 
 def test_plan_prints_a_table_with_sources():
@@ -51,6 +70,9 @@ def test_plan_prints_a_table_with_sources():
         (["plan", "--micro-batch", "4", "--ds_config", "pyproject.toml"], "not a JSON file"),
         (["plan", "--micro-batch", "4", "--ds_config", "nowhere.json"], "No such file"),
         (["plan"], "give --micro-batch or --global-batch"),
+        (["plan", "--micro-batch", "4", "--classes", "10"], "add --phase finetune"),
+        (["plan", "--micro-batch", "4", "--phase", "finetune", "--classes", "1"], "model.classes: must be at least 2"),
+        (["plan", "--micro-batch", "4", "--phase", "finetune", "--method", "videomae"], "model.keep_ratio=1.0"),
         (["measure", "--micro-batch", "4", "--ranks", "0"], "--ranks: must be positive"),
     ],
 )
@@ -72,8 +94,12 @@ def test_a_mistake_in_a_process_of_its_own():
     assert done.stderr == "memprof: error: train.micro_batch: must be positive, got 0\n"
 
 
-def cell(ds_name: str, precision: str, batch: int, *overrides: str) -> matrix.Cell:
-    return matrix.Cell(load_recipe(None, [*MICRO, *overrides, f"train.micro_batch={batch}"]), ds_name, precision)
+def cell(ds_name: str, precision: str, batch: int, *overrides: str, kind: type[Recipe] = Recipe) -> matrix.Cell:
+    return matrix.Cell(load_as(kind, None, [*MICRO, *overrides, f"train.micro_batch={batch}"]), ds_name, precision)
+
+
+def classifier(ds_name: str, precision: str, batch: int, *overrides: str) -> matrix.Cell:
+    return cell(ds_name, precision, batch, "model.classes=400", *overrides, kind=FinetuneRecipe)
 
 
 def check(rows: list[matrix.Row]) -> None:
@@ -89,15 +115,20 @@ def test_prediction_is_what_two_ranks_hold():
     """One launch: every stage and both offloads, in small batches, where DeepSpeed's own buffers make the peak."""
     names = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
     cells = [cell(name, "bf16", 2) for name in names]
-    cells += [cell("zero2", "fp16", 1, "model.checkpointing=full")]
+    cells += [cell("zero2", "fp16", 1, "model.checkpointing=full") for _ in range(HALF_MATMUL)]
     cells += [cell("zero2", "fp32", 2, "model.method=videomae", "train.global_batch=8")]  # accumulation
+    # Fine-tuning: twelve groups of parameters rather than two, mixing, drop path.
+    cells += [classifier(name, "fp32", 2) for name in ("zero0", "zero2", "zero3")]
+    cells += [classifier("zero0", "bf16", 2, "train.ema_decay=0.99", "model.keep_ratio=1.0")]
+    cells += [classifier("zero1", "bf16", 4, "train.global_batch=16", "model.checkpointing=encoder")]
     check(matrix.measure_cells(cells, ranks=2, resident=False))
 
 
 @pytest.mark.slow
 def test_states_in_every_precision():
     names = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
-    cells = [cell(name, precision, 2) for name, precision in itertools.product(names, ("fp32", "bf16", "fp16"))]
+    precisions = ("fp32", "bf16", *["fp16"] * HALF_MATMUL)
+    cells = [make(name, p, 2) for make, name, p in itertools.product((cell, classifier), names, precisions)]
     check(matrix.measure_cells(cells, ranks=2, resident=False))
 
 

@@ -8,7 +8,8 @@ from launching import DS_CONFIGS
 
 from everest_ds.config.ds_config import load_ds_config
 from everest_ds.config.errors import UserError
-from everest_ds.config.load import load_recipe
+from everest_ds.config.finetuning import FinetuneRecipe
+from everest_ds.config.load import load_as, load_recipe
 from everest_ds.config.schema import ModelConfig
 from everest_ds.memory.arithmetic import step_macs
 from everest_ds.memory.fit import fastest, fit, suggested_ds_config
@@ -117,6 +118,16 @@ def test_a_suggestion_keeps_the_rest_of_the_file(rows):
     assert suggested["train_micro_batch_size_per_gpu"] == 7
     assert suggested["zero_optimization"] == raw["zero_optimization"]
     assert plan(load_recipe(None, MICRO), suggested, ranks=8).batches.micro == 7
+
+
+def test_a_classifier_has_no_decoder_to_checkpoint():
+    keys = ["model.size=vit_micro", "model.image_size=64", "model.classes=10"]
+    recipe = load_as(FinetuneRecipe, None, keys)
+    rows = fit(recipe, {"zero2": FILES["zero2"]}, ranks=8, capacity=parse_capacity("A100-80"))
+    assert [(row.phase, row.checkpointing) for row in rows] == [("finetune", "none"), ("finetune", "encoder")]
+    assert rows[0].max_micro_batch < rows[1].max_micro_batch
+    # Every token costs a block's products; the patches' embedding and the head are a small part.
+    assert 1.2 < rows[1].arithmetic < 1 + 1 / 3
 
 
 COMMAND = ("fit", "--model", "vit_micro", "--capacity", "A100-80", "model.image_size=64", "--checkpointing", "none")

@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.table import Table
 
 from everest_ds.config.errors import UserError
-from everest_ds.config.load import load_recipe
 from everest_ds.memory.compare import CHECKPOINTING
 from everest_ds.memory.fit import FitRow, fastest, fit, suggested_ds_config
 from everest_ds.memory.gpus import Capacity, parse_capacity
+from everest_ds.memory.plan import name_of
 from tools.memprof import asking, common
 
 _GIGA = 10**9
@@ -22,13 +22,14 @@ _SHIPPED = "0,1,2,3,zero2_offload,zero3_offload"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this subcommand's flags."""
-    parser.add_argument("--model", default="vit_small", help="size, such as vit_base")
-    parser.add_argument("--method", default="everest", help="everest or videomae")
+    common.add_model_arguments(parser)
     parser.add_argument("--world-size", type=int, default=8, help="ranks (default 8)")
     parser.add_argument("--accumulation", type=int, default=1, help="passes per optimizer step (default 1)")
     parser.add_argument("--capacity", default="80GB", help="a device's memory: 80GiB, 80GB or a GPU such as A100-80")
     parser.add_argument("--ds_config", nargs="+", metavar="JSON", help="DeepSpeed files (default: the shipped ones)")
-    parser.add_argument("--checkpointing", default=",".join(CHECKPOINTING), help="modes to try (default: all)")
+    parser.add_argument(
+        "--checkpointing", help=f"modes to try, of {','.join(CHECKPOINTING)} (default: all that differ)"
+    )
     parser.add_argument(
         "--least-micro-batch", type=int, default=1, help="the fastest must fit so many clips per rank (default 1)"
     )
@@ -42,8 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Search, print, and write the suggestion."""
     if arguments.write and Path(arguments.write).exists() and not arguments.force:
         raise UserError(f"--write {arguments.write}: exists already; give another path, or --force to replace it")
-    overrides = [*arguments.overrides, f"model.size={arguments.model}", f"model.method={arguments.method}"]
-    recipe, capacity = load_recipe(None, overrides), parse_capacity(arguments.capacity)
+    recipe = common.recipe_of_model(arguments, *arguments.overrides)
+    capacity = parse_capacity(arguments.capacity)
     files = asking.ds_configs(arguments.ds_config or asking.words(_SHIPPED))
     with asking.progress("planning") as progress:
         rows = fit(
@@ -51,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
             files,
             ranks=arguments.world_size,
             capacity=capacity,
-            checkpointing=asking.words(arguments.checkpointing),
+            checkpointing=None if arguments.checkpointing is None else asking.words(arguments.checkpointing),
             accumulation=arguments.accumulation,
             progress=progress,
         )
@@ -89,8 +90,10 @@ def write_suggestion(path: Path, ds_config: dict[str, object]) -> None:
 
 def command(row: FitRow, arguments: argparse.Namespace) -> str:
     """The training command that goes with a suggestion."""
-    keys = [f"model.size={row.model}", f"model.method={row.method}", f"model.checkpointing={row.checkpointing}"]
-    words = ["deepspeed", "run/pretrain.py", "--ds_config", arguments.write, *keys, *arguments.overrides]
+    # A classifier's encoder comes from a pre-training run, its classes from the labels.
+    own = {"pretrain": [f"model.method={row.method}"], "finetune": ["train.pretrained=RUN"]}[row.phase]
+    keys = [f"model.size={row.model}", *own, f"model.checkpointing={row.checkpointing}", *arguments.overrides]
+    words = ["deepspeed", f"run/{row.phase}.py", "--ds_config", arguments.write, *keys]
     return f"train with: {shlex.join(words)} data.train=..."
 
 
@@ -98,10 +101,8 @@ def table(rows: list[FitRow], best: FitRow | None, capacity: Capacity, ranks: in
     """One line per DeepSpeed configuration and checkpointing mode."""
     unit, unit_bytes = capacity.unit
     first = rows[0]
-    result = Table(
-        title=f"{first.method} {first.model}, {ranks} ranks, {first.precision}, {first.attention} attention: largest "
-        f"micro-batch within {capacity}"
-    )
+    what = f"{name_of(first.plan.recipe.model)}, {ranks} ranks, {first.precision}, {first.attention} attention"
+    result = Table(title=f"{what}: largest micro-batch within {capacity}")
     result.add_column("ds_config")
     result.add_column("checkpointing")
     for column in (

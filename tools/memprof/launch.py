@@ -25,7 +25,7 @@ def launch(
     """Measure jobs, one after another, in one group of ranks.
 
     Args:
-        jobs: each ``name``, ``recipe`` (nested dictionaries), ``ds_config`` and ``steps``.
+        jobs: each ``name``, ``phase``, ``recipe`` (nested dictionaries), ``ds_config`` and ``steps``.
         ranks: processes on this machine.
         trim: let the C library return freed memory at once, for the sake of the resident set.
         load_libraries: run tiny models first, for the sake of the resident set too.

@@ -11,16 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from everest_ds.config.ds_config import load_ds_config
-from everest_ds.config.load import load_recipe, to_tree
+from everest_ds.config.finetuning import PHASES
+from everest_ds.config.load import load_as
 from everest_ds.config.schema import Recipe
-from everest_ds.memory.plan import device_type_here, plan
+from everest_ds.memory.plan import device_type_here, name_of, plan
 from tools.memprof.common import with_precision
 from tools.memprof.launch import launch
+from tools.memprof.measure import job
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 # Size, image side, and clips per rank: enough of them that a step needs hundreds of MiB, so that what the resident set
 # holds besides tensors doesn't drown it.
 SIZES = (("vit_micro", 48, 64), ("vit_small", 224, 2))
+# The phase, the network, and its checkpointing.
+NETWORKS = (
+    ("pretrain", ("model.method=everest",), ("none", "full")),
+    ("pretrain", ("model.method=videomae",), ("none", "full")),
+    ("finetune", ("model.classes=400", "model.keep_ratio=0.6"), ("none",)),
+    ("finetune", ("model.classes=400", "model.keep_ratio=1.0"), ("none",)),
+)
 STAGES = ("zero0", "zero2", "zero3")
 _MIB = 2**20
 
@@ -37,7 +46,8 @@ class Cell:
     def name(self) -> str:
         """What it is, in words."""
         model = self.recipe.model
-        return " ".join([model.size, model.method, model.attention, model.checkpointing, self.ds_name, self.precision])
+        words = (name_of(model), model.attention, model.checkpointing, self.ds_name, self.precision)
+        return " ".join(words)
 
     @property
     def ds_config(self) -> dict[str, Any]:
@@ -75,24 +85,16 @@ class Row:
 
 def cells(sizes: tuple[tuple[str, int, int], ...] = SIZES, precision: str = "fp32") -> Iterator[Cell]:
     """Every combination of the matrix."""
-    choices = itertools.product(sizes, ("everest", "videomae"), ("fused", "eager"), ("none", "full"), STAGES)
-    for (size, side, batch), method, attention, checkpointing, ds_name in choices:
-        overrides = [f"model.size={size}", f"model.image_size={side}", f"model.method={method}"]
-        overrides += [f"model.attention={attention}", f"model.checkpointing={checkpointing}"]
-        yield Cell(load_recipe(None, [*overrides, f"train.micro_batch={batch}"]), ds_name, precision)
+    for (size, side, batch), (phase, network, modes) in itertools.product(sizes, NETWORKS):
+        shape = (f"model.size={size}", f"model.image_size={side}", f"train.micro_batch={batch}")
+        for attention, checkpointing, ds_name in itertools.product(("fused", "eager"), modes, STAGES):
+            choice = (f"model.attention={attention}", f"model.checkpointing={checkpointing}")
+            yield Cell(load_as(PHASES[phase], None, [*shape, *network, *choice]), ds_name, precision)
 
 
 def measure_cells(chosen: list[Cell], ranks: int, *, resident: bool = True) -> list[Row]:
     """Run cells in one launch and predict them; faster without care for the ``resident`` set."""
-    jobs = [
-        {
-            "name": cell.name,
-            "recipe": {part: to_tree(getattr(cell.recipe, part)) for part in ("model", "data", "optim", "train")},
-            "ds_config": cell.ds_config,
-            "steps": 1,
-        }
-        for cell in chosen
-    ]
+    jobs = [job(cell.recipe, cell.ds_config, steps=1, name=cell.name) for cell in chosen]
     measured = launch(jobs, ranks=ranks, trim=resident, load_libraries=resident)
     return [_row(cell, per_rank) for cell, per_rank in zip(chosen, measured, strict=True)]
 
@@ -133,7 +135,7 @@ def as_markdown(rows: list[Row], ranks: int) -> str:
         "",
         *(f"- {line}" for line in summary(rows)),
         "",
-        "| model | method | attention | checkpointing | DeepSpeed "
+        "| model | clips | attention | checkpointing | DeepSpeed "
         "| predicted | peak | error | held | error | RSS | error |",
         "|---|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
@@ -141,7 +143,7 @@ def as_markdown(rows: list[Row], ranks: int) -> str:
         model = row.cell.recipe.model
         batch = row.cell.recipe.train.micro_batch
         lines.append(
-            f"| {model.size} {model.image_size} px x {batch} | {model.method} | {model.attention} | "
+            f"| {name_of(model)} | {batch} x {model.image_size} px | {model.attention} | "
             f"{model.checkpointing} | {row.cell.ds_name} {row.cell.precision} | {_mib(row.predicted)} | "
             f"{_mib(row.measured)} | {row.error:+.2%} | {_mib(row.states_measured)} | {row.states_error:+.2%} | "
             f"{_mib(row.rss)} | {row.rss_error:+.1%} |"

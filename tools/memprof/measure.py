@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from everest_ds.config.errors import UserError
+from everest_ds.config.finetuning import PHASES
 from everest_ds.config.load import to_tree
 from everest_ds.config.schema import Recipe
 from tools.memprof import common
@@ -42,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     from everest_ds.memory.plan import device_type_here, plan  # noqa: PLC0415
 
     planned = plan(recipe, ds_config, ranks=arguments.ranks, device_type=device_type_here())
-    per_rank = launch([job(recipe, ds_config, steps=arguments.steps)], ranks=arguments.ranks)[0]
+    per_rank = launch([job(recipe, ds_config, steps=arguments.steps, name=planned.name)], ranks=arguments.ranks)[0]
     result = compare(planned, per_rank)
     if arguments.json:
         common.print_json(result)
@@ -51,11 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def job(recipe: Recipe, ds_config: dict[str, Any], *, steps: int, name: str = "") -> dict[str, Any]:
+def job(recipe: Recipe, ds_config: dict[str, Any], *, steps: int, name: str) -> dict[str, Any]:
     """What the ranks are sent."""
-    tree = {section: to_tree(getattr(recipe, section)) for section in ("model", "data", "optim", "train")}
-    label = name or f"{recipe.model.method} {recipe.model.size}"
-    return {"name": label, "recipe": tree, "ds_config": ds_config, "steps": steps}
+    phase = next(phase for phase, kind in PHASES.items() if type(recipe) is kind)
+    return {"name": name, "phase": phase, "recipe": to_tree(recipe), "ds_config": ds_config, "steps": steps}
 
 
 def compare(planned: Plan, per_rank: list[dict[str, Any]]) -> dict[str, Any]:

@@ -49,11 +49,7 @@ def as_json(planned: Plan) -> dict[str, object]:
 
 def items_table(planned: Plan) -> Table:
     """What the device and the host hold at the peak."""
-    model, batches, setting = planned.recipe.model, planned.batches, planned.setting
-    table = Table(
-        title=f"{model.method} {model.size}, {setting.precision}, ZeRO-{setting.stage}, micro-batch {batches.micro} x "
-        f"accumulation {batches.accumulation} x ranks {batches.ranks}: one rank"
-    )
+    table = Table(title=f"{planned.name}: one rank")
     table.add_column("item")
     table.add_column("where")
     table.add_column("bytes", justify="right")

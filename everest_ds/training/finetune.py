@@ -1,0 +1,144 @@
+"""A fine-tuning run: a classifier from a pre-trained encoder, through the same engine and loop as pre-training."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from everest_ds.config.ds_config import zero_stage
+from everest_ds.config.errors import UserError
+from everest_ds.config.finetuning import FinetuneRecipe
+from everest_ds.config.load import build
+from everest_ds.data.augment import ClipAugment
+from everest_ds.data.dataset import ClipDataset
+from everest_ds.data.manifest import Entry, check_labels, count_classes, read_manifest
+from everest_ds.models import VideoClassifier
+from everest_ds.models.weights import Weights, load_encoder, read_weights
+from everest_ds.training.engine import build_model
+from everest_ds.training.job import Job, run
+from everest_ds.training.objectives import Classify
+from everest_ds.training.run_dir import RunDir
+from everest_ds.training.validation import Validation
+
+log = logging.getLogger(__name__)
+
+_KEY = "train.pretrained"
+
+
+def finetune(tree: Mapping[str, Any], raw_ds_config: dict[str, Any]) -> int:
+    """Run fine-tuning to its end on this rank. Returns the exit code.
+
+    Args:
+        tree: what the recipe and its overrides say, see :func:`everest_ds.config.load.read_tree`; the clip's and the
+            encoder's shape is the pre-trained model's where the tree doesn't say.
+        raw_ds_config: a DeepSpeed JSON as loaded.
+
+    Raises:
+        UserError: anything in the recipe, the JSON, the weights or the data that can't be.
+    """
+    return run(prepare(tree, raw_ds_config))
+
+
+def prepare(tree: Mapping[str, Any], raw_ds_config: dict[str, Any]) -> Job:
+    """Resolve a fine-tuning run; raises UserError as :func:`finetune` does."""
+    recipe = build(FinetuneRecipe, tree)
+    weights = read_weights(recipe.train.pretrained, key=_KEY) if recipe.train.pretrained else None
+    recipe = build(FinetuneRecipe, inherit(tree, weights))
+    if recipe.train.ema_decay and zero_stage(raw_ds_config) == 3:
+        raise UserError("train.ema_decay: no rank has whole parameters to average under ZeRO-3; use stage 2")
+    if recipe.data.train is None:
+        raise UserError("data.train: no training manifest; give data.train=/path/to/train.csv")
+    entries = read_manifest(recipe.data.train, recipe.data.root, key="data.train")
+    classes = count(recipe, entries, weights)
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, classes=classes))
+    check_labels(entries, classes, key="data.train")
+    validation = validation_set(recipe, classes)
+    model = build_model(recipe)
+    assert isinstance(model, VideoClassifier)
+    description = [describe(model, recipe), describe_weights(model, recipe, weights)]
+    dataset = ClipDataset(
+        entries,
+        recipe.data,
+        frames=recipe.model.frames,
+        image_size=recipe.model.image_size,
+        tokens=0,
+        seed=recipe.train.seed,
+        transform=ClipAugment(recipe.augment),
+    )
+    job = Job.prepare(
+        recipe,
+        raw_ds_config,
+        model,
+        dataset,
+        objective=Classify(recipe.augment, classes, clips_per_video=recipe.data.clips_per_video),
+        description=description,
+        ema_decay=recipe.train.ema_decay,
+    )
+    if validation is None:
+        return job
+    return dataclasses.replace(job, make_validation=validator(job, recipe, validation, classes))
+
+
+def inherit(tree: Mapping[str, Any], weights: Weights | None) -> dict[str, Any]:
+    """Put the settings that weights come with beneath those of a recipe."""
+    if weights is None:
+        return dict(tree)
+    return {**tree, "model": {**weights.inherited, **(tree.get("model") or {})}}
+
+
+def count(recipe: FinetuneRecipe, entries: list[Entry], weights: Weights | None) -> int:
+    """Count the classes: as told, as the weights' head has, or as the training labels need."""
+    head = None if weights is None or recipe.train.new_head else weights.classes
+    return recipe.model.classes or head or count_classes(entries)
+
+
+def validation_set(recipe: FinetuneRecipe, classes: int) -> ClipDataset | None:
+    """Return the videos of ``data.val``, one view each; None without a manifest.
+
+    Raises:
+        UserError: the manifest can't be read, lists nothing, or has labels beyond the classes.
+    """
+    if recipe.data.val is None:
+        log.warning("data.val is not set: nothing is validated")
+        return None
+    entries = read_manifest(recipe.data.val, recipe.data.root, key="data.val")
+    check_labels(entries, classes, key="data.val")
+    shape = {"frames": recipe.model.frames, "image_size": recipe.model.image_size}
+    return ClipDataset.for_evaluation(entries, recipe.data, **shape)
+
+
+def validator(job: Job, recipe: FinetuneRecipe, dataset: ClipDataset, classes: int) -> Callable[..., Validation]:
+    """Return what makes the validation, given the engine, the average and the step to start from."""
+    return partial(
+        Validation,
+        dataset=dataset,
+        data=recipe.data,
+        classes=classes,
+        videos_per_batch=job.batches.micro,
+        every_steps=round(recipe.train.validate_every_epochs * job.steps_per_epoch),
+        path=RunDir(Path(recipe.train.output_dir)).validations,
+    )
+
+
+def describe(model: VideoClassifier, recipe: FinetuneRecipe) -> str:
+    """One line: size, parameters, tokens, classes."""
+    budget, parameters = model.budget, sum(parameter.numel() for parameter in model.parameters())
+    return (
+        f"{recipe.model.size} classifier: {parameters / 1e6:.1f} M parameters, {recipe.model.classes} classes; of "
+        f"{budget.total} tokens {budget.visible} enter"
+    )
+
+
+def describe_weights(model: VideoClassifier, recipe: FinetuneRecipe, weights: Weights | None) -> str:
+    """Load the weights, and say in one line what of them was a match.
+
+    Raises:
+        UserError: they are another model's.
+    """
+    if weights is None:
+        return "weights: from scratch (no train.pretrained)"
+    return f"weights: {weights.file}: {load_encoder(model, weights, new_head=recipe.train.new_head, key=_KEY)}"

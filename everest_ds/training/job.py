@@ -1,0 +1,169 @@
+"""What pre-training and fine-tuning have in common: a run resolved, put together, trained to its end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from deepspeed.accelerator import get_accelerator
+
+from everest_ds.config.batches import Batches
+from everest_ds.config.ds_config import precision, zero_stage
+from everest_ds.config.errors import UserError
+from everest_ds.config.schema import Recipe
+from everest_ds.data.dataset import ClipDataset
+from everest_ds.data.loader import BadSamples, StepSampler, build_loader
+from everest_ds.models import MaskedAutoencoder, VideoClassifier
+from everest_ds.training import checkpoint, ranks
+from everest_ds.training.average import Average
+from everest_ds.training.engine import Built, initialise, resolve
+from everest_ds.training.export import export_weights
+from everest_ds.training.loop import Training, train
+from everest_ds.training.metrics import MetricsFile
+from everest_ds.training.objectives import Objective
+from everest_ds.training.run_dir import RunDir, environment
+from everest_ds.training.schedule import CosineSchedule, build_schedule
+from everest_ds.training.validation import Validation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything that can be known, and found wrong, before any process talks to another.
+
+    ``describe`` are lines about the model, for rank 0 to say; ``make_validation`` gets the engine.
+    """
+
+    recipe: Recipe
+    ds_config: dict[str, Any]
+    batches: Batches
+    model: MaskedAutoencoder | VideoClassifier
+    dataset: ClipDataset
+    source: RunDir | None
+    steps_per_epoch: int
+    schedule: CosineSchedule
+    objective: Objective
+    description: list[str]
+    ema_decay: float = 0.0
+    make_validation: Callable[..., Validation] | None = None
+
+    @classmethod
+    def prepare(
+        cls,
+        recipe: Recipe,
+        raw_ds_config: dict[str, Any],
+        model: MaskedAutoencoder | VideoClassifier,
+        dataset: ClipDataset,
+        **rest: Any,
+    ) -> Job:
+        """Resolve a recipe and a DeepSpeed JSON for a model and its videos.
+
+        Raises:
+            UserError: they don't go together, or the run directory can't be written.
+        """
+        source = checkpoint.find_resume(recipe)
+        ds_config, batches = resolve(raw_ds_config, recipe, model)
+        if precision(ds_config) == "fp16" and zero_stage(ds_config) == 0:
+            raise UserError(
+                "ds_config fp16: DeepSpeed 0.19 divides by the loss scale under ZeRO stage 0 but never multiplies by "
+                "it; use stage 1 (ds_configs/zero1.json), or bf16"
+            )
+        steps_per_epoch = step_sampler(recipe, batches, len(dataset)).steps_per_epoch
+        total = recipe.train.max_steps or recipe.train.epochs * steps_per_epoch
+        # Last: a mistake leaves no empty folder behind.
+        RunDir(Path(recipe.train.output_dir)).check_writable()
+        return cls(
+            recipe=recipe,
+            ds_config=ds_config,
+            batches=batches,
+            model=model,
+            dataset=dataset,
+            source=source,
+            steps_per_epoch=steps_per_epoch,
+            schedule=build_schedule(recipe.optim, batches.total, steps_per_epoch, total),
+            **rest,
+        )
+
+
+def run(job: Job) -> int:
+    """Train to the end on this rank and export the weights. Returns the exit code; a collective call.
+
+    Raises:
+        UserError: the optimizer can't be had, the checkpoint does not load, or too many videos can't be read.
+    """
+    ranks.start()
+    built = initialise(job.model, job.recipe, job.ds_config)
+    average = Average(built.engine.module, job.ema_decay) if job.ema_decay else None
+    done = checkpoint.load(built.engine, job.source, average) if job.source else 0
+    code = train(assemble(job, built, average, done))
+    if code == 0 and ranks.is_main():
+        run_dir = RunDir(Path(job.recipe.train.output_dir))
+        export_weights(built.engine, run_dir.checkpoints, job.model.config, run_dir.weights, average)
+    return code
+
+
+def step_sampler(
+    recipe: Recipe, batches: Batches, videos: int, first_step: int = 0, last_step: int | None = None
+) -> StepSampler:
+    """Return the samples of this rank, from a step on."""
+    return StepSampler(
+        videos,
+        seed=recipe.train.seed,
+        micro_batch=batches.micro,
+        clips_per_video=recipe.data.clips_per_video,
+        accumulation=batches.accumulation,
+        rank=ranks.rank(),
+        ranks=batches.ranks,
+        first_step=first_step,
+        last_step=last_step,
+    )
+
+
+def assemble(job: Job, built: Built, average: Average | None, done: int) -> Training:
+    """Put the loop's parts together, ``done`` steps into the run."""
+    recipe, batches, total = job.recipe, job.batches, job.schedule.total_steps
+    run_dir = RunDir(Path(recipe.train.output_dir))
+    metrics = None
+    if ranks.is_main():
+        env = environment(get_accelerator().device_name(), device_name(), built.optimizer, batches.ranks)
+        run_dir.write_facts(recipe, job.ds_config, env, from_step=done)
+        metrics = MetricsFile(run_dir.metrics, from_step=done)
+        announce(job, built, done)
+    samples = step_sampler(recipe, batches, len(job.dataset), first_step=done, last_step=total)
+    return Training(
+        engine=built.engine,
+        batches=batches,
+        loader=iter(build_loader(job.dataset, samples, device=built.engine.device.type)),
+        schedule=job.schedule,
+        config=recipe.train,
+        steps_per_epoch=job.steps_per_epoch,
+        objective=job.objective,
+        average=average,
+        validation=job.make_validation(built.engine, average, from_step=done) if job.make_validation else None,
+        bad_samples=BadSamples(recipe.data.max_bad_share, clips_per_video=recipe.data.clips_per_video),
+        metrics=metrics,
+        save=partial(checkpoint.save, built.engine, run_dir, average),
+        step=done,
+        saved_at=done if job.source == run_dir else -1,
+    )
+
+
+def announce(job: Job, built: Built, done: int) -> None:
+    """Say in a few lines what is about to run."""
+    batches = job.batches
+    lines = [
+        *job.description,
+        f"{len(job.dataset)} videos; global batch {batches.total} = micro-batch {batches.micro} x accumulation "
+        f"{batches.accumulation} x ranks {batches.ranks}; steps {done} to {job.schedule.total_steps}",
+        built.optimizer,
+        f"run directory: {job.recipe.train.output_dir}",
+    ]
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def device_name() -> str:
+    """A name for what this rank computes on."""
+    return "cpu" if ranks.on_cpu() else str(get_accelerator().current_device_name())

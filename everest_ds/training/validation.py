@@ -1,0 +1,82 @@
+"""Validation while fine-tuning: one view per video, every few epochs, with the averaged weights if there are any."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from everest_ds.config.schema import DataConfig
+from everest_ds.data.dataset import ClipDataset
+from everest_ds.data.loader import BadSamples
+from everest_ds.training import ranks
+from everest_ds.training.average import Average
+from everest_ds.training.evaluate import predict, score
+from everest_ds.training.metrics import MetricsFile
+
+
+class Validation:
+    """Evaluates the engine's model on ``data.val`` and writes what came out to validation.jsonl.
+
+    Args:
+        engine: DeepSpeed's.
+        average: evaluated in place of the last weights, if there is one.
+        dataset: one view per video.
+        data: for ``max_bad_share``.
+        classes: of the model.
+        videos_per_batch: per rank and pass.
+        every_steps: between validations; 0: at the end only.
+        path: validation.jsonl.
+        from_step: the step that the run continues from.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        average: Average | None,
+        *,
+        dataset: ClipDataset,
+        data: DataConfig,
+        classes: int,
+        videos_per_batch: int,
+        every_steps: int,
+        path: Path,
+        from_step: int,
+    ) -> None:
+        self._engine, self._average = engine, average
+        self._dataset, self._classes = dataset, classes
+        self._videos_per_batch, self._every_steps = videos_per_batch, every_steps
+        self._bad_samples = BadSamples(data.max_bad_share, lost_ends=False, key="data.val")
+        self._records = MetricsFile(path, from_step=from_step) if ranks.is_main() else None
+
+    def due(self, step: int) -> bool:
+        """Whether to validate after this step, besides the last one."""
+        return bool(self._every_steps) and step % self._every_steps == 0
+
+    def __call__(self, step: int) -> None:
+        """Validate; a collective call.
+
+        Raises:
+            UserError: too many videos can't be read.
+        """
+        self._engine.eval()
+        with self._average.in_place() if self._average is not None else contextlib.nullcontext():
+            predictions = predict(
+                self._engine,
+                self._dataset,
+                videos_per_batch=self._videos_per_batch,
+                device=self._engine.device,
+                bad_samples=self._bad_samples,
+            )
+        self._engine.train()
+        scores = score(predictions, self._classes)
+        if self._records is not None:
+            record = {"step": step, "top1": scores.top1, "top5": scores.top5, "videos": len(predictions.labels)}
+            self._records.write(record)
+            print(
+                f"validation after step {step}: top-1 {100 * scores.top1:.2f} %, top-5 {100 * scores.top5:.2f} % of "
+                f"{len(predictions.labels)} videos",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -1,0 +1,73 @@
+"""Test a fine-tuned classifier, or probe an encoder: ``deepspeed run/evaluate.py --from outputs/finetune``."""
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+
+from everest_ds.config.errors import one_line_errors
+from everest_ds.config.finetuning import FinetuneRecipe
+from everest_ds.config.load import describe_keys
+from everest_ds.config.logs import set_up_logging
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    keys = [line for line in describe_keys(FinetuneRecipe) if line.startswith(("model.", "data.", "test."))]
+    parser = argparse.ArgumentParser(
+        description="Test a fine-tuned classifier on several views of each video, or probe an encoder's frozen\n"
+        "features (on one centre view, unless test.clips and test.crops are given). Without the deepspeed launcher:\n"
+        "one rank.",
+        epilog="keys, their defaults where the run says nothing, and [sources]:\n  " + "\n  ".join(keys),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--from", dest="source", type=Path, required=True, help="run directory, model.safetensors, or official .pth"
+    )
+    parser.add_argument(
+        "--split", choices=("test", "val", "train"), help="which manifest (default: data.test if set, else data.val)"
+    )
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: the run's")
+    parser.add_argument(
+        "--out", type=Path, help="folder for scores.json, predictions.csv, confusion.png (default: RUN/evaluation)"
+    )
+    parser.add_argument("--probe", choices=("knn", "linear"), help="fit on the features of data.train instead")
+    parser.add_argument("--k", type=int, help="neighbours of --probe knn (default 20)")
+    parser.add_argument("--features", type=Path, help="only write features of the split to this .safetensors file")
+    parser.add_argument("--json", action="store_true", help="print what scores.json holds on stdout, nothing else")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the run's")
+    return parser.parse_intermixed_args()
+
+
+def main() -> int:
+    """Run; the exit code is 0 done, 2 user's mistake."""
+    arguments = parse_arguments()
+    set_up_logging()
+    with one_line_errors("evaluate"):
+        # Libraries log to stdout, which is for the result.
+        with contextlib.redirect_stdout(sys.stderr):
+            # DeepSpeed takes seconds to import.
+            from everest_ds.training.evaluation_files import dumps  # noqa: PLC0415
+            from everest_ds.training.evaluation_run import evaluate  # noqa: PLC0415
+            from everest_ds.training.subject import Request  # noqa: PLC0415
+
+            outcome = evaluate(
+                Request(
+                    source=arguments.source,
+                    overrides=arguments.overrides,
+                    split=arguments.split,
+                    precision=arguments.precision,
+                    out=arguments.out,
+                    probe=arguments.probe,
+                    neighbours=arguments.k,
+                    features=arguments.features,
+                )
+            )
+        if outcome is not None:
+            print(dumps(outcome.record) if arguments.json else outcome.summary)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

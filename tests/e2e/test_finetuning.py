@@ -1,0 +1,135 @@
+"""Fine-tuning under every ZeRO stage, resumed, with averaged weights; and the way from videos to accuracy."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from launching import DS_CONFIGS, ROOT, deepspeed, losses, metrics
+from safetensors.torch import load_file
+
+import everest_ds
+from everest_ds.data.synthetic import write_motion_videos
+from everest_ds.models import VideoClassifier
+
+CLIP = "data.stride=1 data.workers=0 data.crop_scales=[0.75] data.crop=multiscale data.flip=false".split()
+BASE = [
+    *CLIP,
+    *"train.global_batch=8 train.max_steps=6 train.log_every_steps=1 optim.warmup_steps=2 optim.base_lr=0.03".split(),
+    *"data.clips_per_video=2 train.validate_every_epochs=0.5".split(),
+]
+STAGES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+
+
+def validations(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "validation.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def few_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """17 videos, which no number of ranks divides."""
+    return write_motion_videos(tmp_path_factory.mktemp("few"), 17, seed=8, size=64)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, motion_videos: Path, few_videos: Path) -> Path:
+    """One launch of two ranks: pre-train, then fine-tune from it in many ways."""
+    folder = tmp_path_factory.mktemp("finetuning")
+
+    def ds(stage: str) -> dict:
+        config = json.loads((DS_CONFIGS / f"{stage}.json").read_text())
+        if stage.startswith("zero3"):  # small tensors must be partitioned too
+            config["zero_optimization"]["stage3_param_persistence_threshold"] = 100
+        return config
+
+    def tune(name: str, stage: str, *settings: str) -> dict:
+        place = [f"data.train={motion_videos}", f"data.val={few_videos}", f"train.output_dir={folder / name}"]
+        source = [f"train.pretrained={folder / 'pretrained'}"]
+        return {"phase": "finetune", "overrides": [*BASE, *place, *source, *settings], "ds": ds(stage)}
+
+    small = "model.size=vit_micro model.image_size=48 model.decoder_depth=1 model.positions=separable".split()
+    pretrained = [*CLIP, *small, f"data.train={motion_videos}", f"train.output_dir={folder / 'pretrained'}"]
+    specs = [
+        {"overrides": [*pretrained, "train.global_batch=8", "train.max_steps=2"], "ds": ds("zero2")},
+        *(tune(stage, stage) for stage in STAGES),
+        tune("checkpointed", "zero2", "model.checkpointing=encoder"),
+        tune("averaged", "zero2", "train.ema_decay=0.9"),
+        tune("stopped", "zero2", "train.ema_decay=0.9", "train.max_minutes=1e-9") | {"code": 75},
+        tune("stopped", "zero2", "train.ema_decay=0.9", "train.resume=auto"),
+        tune("plain", "zero1", "augment.mixup=0", "augment.cutmix=0", "augment.rand_augment_ops=0"),
+    ]
+    (folder / "specs.json").write_text(json.dumps(specs))
+    done = deepspeed(2, ROOT / "tests/e2e/many_runs.py", folder / "specs.json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder / "log.txt").write_text(done.stderr)
+    return folder
+
+
+@pytest.mark.parametrize("name", [*STAGES[1:], "checkpointed"])
+def test_stages_offload_and_checkpointing_train_alike(runs, name):
+    assert losses(runs / name) == pytest.approx(losses(runs / "zero0"), rel=1e-4)
+    assert [v["top1"] for v in validations(runs / name)] == [v["top1"] for v in validations(runs / "zero0")]
+
+
+def test_every_video_is_validated_once(runs):
+    """Twice a pass over the videos, of 16 steps here, and at the end: after step 6."""
+    found = validations(runs / "zero0")
+    assert [(v["step"], v["videos"]) for v in found] == [(6, 17)]
+    for record in found:
+        assert (17 * record["top1"]) == pytest.approx(round(17 * record["top1"]))
+
+
+def test_layers_learn_at_their_own_rates(runs):
+    """The first block moves by about 0.75 ** 4 of what the head moves: Adam's steps are as long as the rate."""
+    before = load_file(runs / "pretrained/model.safetensors")
+    after = load_file(runs / "zero0/model.safetensors")
+    moved = {i: (after[f"blocks.{i}.mlp.fc1.weight"] - before[f"encoder.blocks.{i}.mlp.fc1.weight"]) for i in (0, 3)}
+    ratio = moved[0].abs().mean() / moved[3].abs().mean()
+    assert ratio == pytest.approx(0.75**3, rel=0.25)
+
+
+def test_a_stopped_run_continues_with_its_average(runs):
+    assert losses(runs / "stopped") == pytest.approx(losses(runs / "averaged"), rel=1e-6)
+    straight, stopped = (load_file(runs / name / "model.safetensors") for name in ("averaged", "stopped"))
+    last = load_file(runs / "zero2/model.safetensors")
+    for name, value in straight.items():
+        torch.testing.assert_close(stopped[name], value, rtol=1e-6, atol=1e-7)
+    assert not torch.equal(straight["head.weight"], last["head.weight"])
+
+
+def test_the_run_says_what_of_the_weights_matched(runs):
+    log = (runs / "log.txt").read_text()
+    assert "50 tensors loaded, 4 new (fc_norm.weight, fc_norm.bias, head.weight, head.bias)" in log
+    assert "vit_micro classifier" in log
+    assert log.count("not used (decoder.blocks: 12") == len(STAGES) + 5
+
+
+def test_a_finished_run_loads_as_a_classifier(runs):
+    model = everest_ds.load_pretrained(runs / "plain")
+    assert isinstance(model, VideoClassifier)
+    assert model.config.classes == 8
+    assert model(torch.zeros(1, 3, 16, 48, 48, dtype=torch.uint8)).shape == (1, 8)
+    assert [record["step"] for record in metrics(runs / "plain")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_from_videos_to_accuracy(tmp_path, motion_videos, few_videos):
+    """The three commands of the README on two ranks: pre-train, fine-tune, evaluate."""
+    pretrained, tuned = tmp_path / "pretrained", tmp_path / "tuned"
+    zero2 = ("--ds_config", DS_CONFIGS / "zero2.json")
+    videos = (*CLIP, f"data.train={motion_videos}", "train.global_batch=8", "train.max_steps=4")
+    small = ("model.size=vit_micro", "model.image_size=48", "model.decoder_depth=1")
+    first = deepspeed(2, "run/pretrain.py", *zero2, *videos, *small, f"train.output_dir={pretrained}")
+    assert first.returncode == 0, first.stderr[-3000:]
+    second = deepspeed(
+        2,
+        *("run/finetune.py", *zero2, "--from", pretrained, *videos),
+        *(f"data.val={few_videos}", f"train.output_dir={tuned}"),
+    )
+    assert second.returncode == 0, second.stderr[-3000:]
+    third = deepspeed(2, "run/evaluate.py", "--from", tuned, "--split", "val", "test.clips=1", "test.crops=1")
+    assert third.returncode == 0, third.stderr[-3000:]
+    scores = json.loads((tuned / "evaluation/scores.json").read_text())
+    assert scores["top1"] == pytest.approx(validations(tuned)[-1]["top1"])
+    with (tuned / "evaluation/predictions.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 17
