@@ -206,9 +206,7 @@ def _check_settings(config: ClassifierConfig, weights: Weights, key: str) -> Non
     for name in _SHAPE_KEYS:
         there, here = (weights.settings or {}).get(name), getattr(config, name)
         if there not in (None, here):
-            raise UserError(
-                f"{key}: {weights.file} has model.{name} = {there}, this run {here}; leave it out"
-            )
+            raise UserError(f"{key}: {weights.file} has model.{name} = {there}, this run {here}; leave it out")
 
 
 def _check_shape(name: str, wanted: Tensor, found: Tensor, file: Path, key: str) -> None:
@@ -219,9 +217,7 @@ def _check_shape(name: str, wanted: Tensor, found: Tensor, file: Path, key: str)
             f"{key}: {file} has a head of {len(found)} classes, this run {len(wanted)}; with train.new_head=true the "
             "head starts afresh"
         )
-    raise UserError(
-        f"{key}: {file}: {name} is {tuple(found.shape)}, here {tuple(wanted.shape)}: another model"
-    )
+    raise UserError(f"{key}: {file}: {name} is {tuple(found.shape)}, here {tuple(wanted.shape)}: another model")
 
 
 def _listed(names: list[str]) -> str:
