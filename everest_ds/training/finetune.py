@@ -27,6 +27,7 @@ from everest_ds.training.validation import Validation
 log = logging.getLogger(__name__)
 
 _KEY = "train.pretrained"
+_FEWEST_CLASSES = 2
 
 
 def finetune(tree: Mapping[str, Any], raw_ds_config: dict[str, Any]) -> int:
@@ -54,8 +55,8 @@ def prepare(tree: Mapping[str, Any], raw_ds_config: dict[str, Any]) -> Job:
         raise UserError("data.train: no training manifest; give data.train=/path/to/train.csv")
     entries = read_manifest(recipe.data.train, recipe.data.root, key="data.train")
     classes = count(recipe, entries, weights)
-    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, classes=classes))
     check_labels(entries, classes, key="data.train")
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, classes=classes))
     validation = validation_set(recipe, classes)
     model = build_model(recipe)
     assert isinstance(model, VideoClassifier)
@@ -93,7 +94,7 @@ def inherit(tree: Mapping[str, Any], weights: Weights | None) -> dict[str, Any]:
 def count(recipe: FinetuneRecipe, entries: list[Entry], weights: Weights | None) -> int:
     """Count the classes: as told, as the weights' head has, or as the training labels need."""
     head = None if weights is None or recipe.train.new_head else weights.classes
-    return recipe.model.classes or head or count_classes(entries)
+    return recipe.model.classes or head or max(count_classes(entries), _FEWEST_CLASSES)
 
 
 def validation_set(recipe: FinetuneRecipe, classes: int) -> ClipDataset | None:

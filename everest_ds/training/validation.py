@@ -47,7 +47,9 @@ class Validation:
         self._engine, self._average = engine, average
         self._dataset, self._classes = dataset, classes
         self._videos_per_batch, self._every_steps = videos_per_batch, every_steps
-        self._bad_samples = BadSamples(data.max_bad_share, lost_ends=False, key="data.val")
+        self._bad_samples = BadSamples(
+            data.max_bad_share, clips_per_video=dataset.views, lost_ends=False, key="data.val"
+        )
         self._records = MetricsFile(path, from_step=from_step) if ranks.is_main() else None
 
     def due(self, step: int) -> bool:

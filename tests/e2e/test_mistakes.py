@@ -123,7 +123,7 @@ def test_mistakes_in_finetuning(motion_videos, tmp_path):
     refused("b.mp4 has label 8, but the classifier knows classes 0 ... 7", f"data.val={beyond}")
     refused("has label 2, but the classifier knows classes 0 ... 1", "model.classes=2")
     refused("no such file", "--from", tmp_path / "nothing.safetensors")
-    refused("no whole parameters to average under ZeRO-3", "train.ema_decay=0.9", ds=DS_CONFIGS / "zero3.json")
+    refused("whole parameters to average under ZeRO-3", "train.ema_decay=0.9", ds=DS_CONFIGS / "zero3.json")
     refused("ranks tokens without noise: rero or least", "model.selector=tube")
 
     other = VideoClassifier(ClassifierConfig(size="vit_micro", image_size=48, classes=5))
