@@ -31,9 +31,8 @@ def main() -> int:
     arguments = parse_arguments()
     set_up_logging()
     flags = {"train.pretrained": arguments.pretrained, "train.resume": arguments.resume}
-    overrides = arguments.overrides + [f"{key}={value}" for key, value in flags.items() if value]
     with one_line_errors("finetune"):
-        tree = read_tree(arguments.recipe, overrides)
+        tree = read_tree(arguments.recipe, arguments.overrides, flags)
         build(FinetuneRecipe, tree)
         ds_config = load_ds_config(arguments.ds_config)
         # DeepSpeed takes seconds to import: after the checks that don't need it.

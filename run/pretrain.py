@@ -5,8 +5,9 @@ import sys
 
 from everest_ds.config.ds_config import load_ds_config
 from everest_ds.config.errors import one_line_errors
-from everest_ds.config.load import describe_keys, load_recipe
+from everest_ds.config.load import build, describe_keys, read_tree
 from everest_ds.config.logs import set_up_logging
+from everest_ds.config.schema import Recipe
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -28,9 +29,8 @@ def main() -> int:
     """Run; the exit code is 0 done, 2 user's mistake, 3 bad numbers, 75 stopped after saving."""
     arguments = parse_arguments()
     set_up_logging()
-    resume = [f"train.resume={arguments.resume}"] if arguments.resume else []
     with one_line_errors("pretrain"):
-        recipe = load_recipe(arguments.recipe, [*arguments.overrides, *resume])
+        recipe = build(Recipe, read_tree(arguments.recipe, arguments.overrides, {"train.resume": arguments.resume}))
         ds_config = load_ds_config(arguments.ds_config)
         # DeepSpeed takes seconds to import: after the checks that don't need it.
         from everest_ds.training.pretrain import pretrain  # noqa: PLC0415

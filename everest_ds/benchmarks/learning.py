@@ -21,6 +21,7 @@ from everest_ds.config.errors import UserError
 from everest_ds.config.load import load_recipe
 from everest_ds.data.synthetic import write_set
 from everest_ds.models import MaskedAutoencoder, forward_macs
+from everest_ds.models.weights import WEIGHTS_FILE
 
 ROOT = Path(__file__).parents[2]
 PRETRAIN, FINETUNE = Path("run/recipes/motion.yaml"), Path("run/recipes/motion_finetune.yaml")
@@ -176,12 +177,16 @@ def launch(command: str, recipe: Path, output: Path, arguments: list[str]) -> No
     """Run a training command to its end, unless it has ended before; its log goes beside the run directory.
 
     Raises:
-        UserError: it failed.
+        UserError: it failed, or an earlier one there had other settings.
     """
-    if (output / "model.safetensors").is_file():
-        return
-    log = output.with_name(f"{output.name}.log")
+    log, asked = (output.with_name(f"{output.name}.{suffix}") for suffix in ("log", "asked.json"))
+    asking = json.dumps({"recipe": (ROOT / recipe).read_text(encoding="utf-8"), "arguments": arguments}, indent=1)
+    if asked.is_file() and asked.read_text(encoding="utf-8") != asking:
+        raise UserError(f"learning: {output} was made with other settings ({asked}); choose another --folder")
     log.parent.mkdir(parents=True, exist_ok=True)
+    asked.write_text(asking, encoding="utf-8")
+    if (output / WEIGHTS_FILE).is_file():
+        return
     script = [sys.executable, f"run/{command}.py", "--ds_config", str(DS_CONFIG), "--recipe", str(recipe)]
     with log.open("a", encoding="utf-8") as out:
         code = subprocess.run(

@@ -59,7 +59,7 @@ def markdown(cells: list[Cell], settings: Settings, *, command: str, machine: st
         f"Held-out top-1 accuracy on synthetic motion videos (chance {1 / DIRECTIONS:.3f}): mean and standard "
         f"deviation over seeds {seeds}, and each seed. A seed decides videos, initial weights and order. {UNLABELLED} "
         f"videos without labels, {LABELLED} of them with labels, {HELD_OUT} held out; the settings are those of "
-        f"`{PRETRAIN}` and `{FINETUNE}`. How they were chosen: [learning.md](learning.md).",
+        f"`{PRETRAIN}` and `{FINETUNE}`.",
         "",
         "| pre-training | last loss | fine-tuning on | accuracy | by seed |",
         "|---|---|---|---|---|",

@@ -41,8 +41,15 @@ def load_as(kind: type[AnyRecipe], path: str | Path | None, overrides: Sequence[
     return build(kind, read_tree(path, overrides))
 
 
-def read_tree(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read_tree(
+    path: str | Path | None, overrides: Sequence[str] = (), texts: Mapping[str, str | None] | None = None
+) -> dict[str, Any]:
     """Return what a recipe and its overrides say, as nested dictionaries, neither checked nor filled with defaults.
+
+    Args:
+        path: a YAML file.
+        overrides: ``key=value``, the value in YAML.
+        texts: values of further keys, taken as they are (a folder called 2024_01_01 is no number); None: not given.
 
     Raises:
         UserError: the file is missing or not YAML, or an override isn't ``key=value``.
@@ -50,6 +57,9 @@ def read_tree(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[st
     tree = _read_yaml(Path(path)) if path is not None else {}
     for override in overrides:
         _apply_override(tree, override)
+    for key, text in (texts or {}).items():
+        if text is not None:
+            _set(tree, key, text, f"{key}={text}")
     return tree
 
 
@@ -122,6 +132,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"override '{override}': the value is not YAML") from error
+    _set(tree, key, value, override)
+
+
+def _set(tree: dict[str, Any], key: str, value: Any, override: str) -> None:
     *groups, last = key.split(".")
     for group in groups:
         inner = tree[group] = {} if tree.get(group) is None else tree[group]

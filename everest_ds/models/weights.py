@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import pickle
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -55,7 +54,7 @@ class Weights:
     @property
     def classes(self) -> int | None:
         """Classes of the head, if these are a classifier's weights."""
-        return len(self.state[_HEAD]) if _HEAD in self.state else None
+        return len(self.state[_HEAD]) if _HEAD in self.state and self.state[_HEAD].ndim == 2 else None
 
     @property
     def inherited(self) -> dict[str, Any]:
@@ -89,7 +88,9 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if key.endswith(_FIXED_TABLES) or key.endswith(".q_bias"):
             continue
         if key.endswith(".v_bias"):
-            q_bias = state[key.removesuffix("v_bias") + "q_bias"]
+            q_bias = state.get(key.removesuffix("v_bias") + "q_bias")
+            if q_bias is None:
+                raise UserError(f"{key}: a v_bias without its q_bias; not an official checkpoint")
             ours[key.removesuffix("v_bias") + "qkv.bias"] = torch.cat([q_bias, torch.zeros_like(value), value])
         else:
             new_key = _CONV_EMBED.sub(r"\1patch_embed.", key)
@@ -175,8 +176,10 @@ def _read_ours(file: Path, key: str) -> Weights:
         with safe_open(file, framework="pt") as opened:
             settings = json.loads((opened.metadata() or {})[CONFIG_KEY])
             state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
         raise UserError(f"{key}: {file}: not weights that everest_ds wrote ({error})") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{key}: {file}: not weights that everest_ds wrote (its settings are {settings!r:.50})")
     return Weights(file=file, state=state, settings=settings)
 
 
@@ -185,7 +188,7 @@ def _read_official(file: Path, key: str) -> dict[str, Tensor]:
         # Official checkpoints hold their command line, a Namespace of plain values, beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             found = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # a file that is no checkpoint can raise anything
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{key}: {file}: not weights that everest_ds wrote, nor a state dict ({reason})") from error
     for entry in _OFFICIAL_ENTRIES:
@@ -193,7 +196,7 @@ def _read_official(file: Path, key: str) -> dict[str, Tensor]:
             found = found[entry]
     if not isinstance(found, Mapping) or not any(torch.is_tensor(value) for value in found.values()):
         raise UserError(f"{key}: {file}: not weights that everest_ds wrote, nor a state dict (no tensors in it)")
-    return from_official({name: value for name, value in found.items() if torch.is_tensor(value)})
+    return from_official({n: value for n, value in found.items() if isinstance(n, str) and torch.is_tensor(value)})
 
 
 def _classifier_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

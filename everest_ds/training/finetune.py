@@ -27,7 +27,7 @@ from everest_ds.training.validation import Validation
 log = logging.getLogger(__name__)
 
 _KEY = "train.pretrained"
-_FEWEST_CLASSES = 2
+_FEWEST_CLASSES, _MOST_CLASSES = 2, 100_000
 
 
 def finetune(tree: Mapping[str, Any], raw_ds_config: dict[str, Any]) -> int:
@@ -92,9 +92,20 @@ def inherit(tree: Mapping[str, Any], weights: Weights | None) -> dict[str, Any]:
 
 
 def count(recipe: FinetuneRecipe, entries: list[Entry], weights: Weights | None) -> int:
-    """Count the classes: as told, as the weights' head has, or as the training labels need."""
+    """Count the classes: as told, as the weights' head has, or as the training labels need.
+
+    Raises:
+        UserError: a label looks like something else.
+    """
     head = None if weights is None or recipe.train.new_head else weights.classes
-    return recipe.model.classes or head or max(count_classes(entries), _FEWEST_CLASSES)
+    if recipe.model.classes or head:
+        return recipe.model.classes or head or 0
+    classes = max(count_classes(entries), _FEWEST_CLASSES)
+    if classes > _MOST_CLASSES:
+        raise UserError(
+            f"data.train: the largest label is {classes - 1}; if that is right, say model.classes={classes}"
+        )
+    return classes
 
 
 def validation_set(recipe: FinetuneRecipe, classes: int) -> ClipDataset | None:
@@ -114,13 +125,14 @@ def validation_set(recipe: FinetuneRecipe, classes: int) -> ClipDataset | None:
 
 def validator(job: Job, recipe: FinetuneRecipe, dataset: ClipDataset, classes: int) -> Callable[..., Validation]:
     """Return what makes the validation, given the engine, the average and the step to start from."""
+    every = recipe.train.validate_every_epochs
     return partial(
         Validation,
         dataset=dataset,
         data=recipe.data,
         classes=classes,
         videos_per_batch=job.batches.micro,
-        every_steps=round(recipe.train.validate_every_epochs * job.steps_per_epoch),
+        every_steps=max(1, round(every * job.steps_per_epoch)) if every else 0,
         path=RunDir(Path(recipe.train.output_dir)).validations,
     )
 

@@ -98,11 +98,17 @@ def run(job: Job) -> int:
     built = initialise(job.model, job.recipe, job.ds_config)
     average = Average(built.engine.module, job.ema_decay) if job.ema_decay else None
     done = checkpoint.load(built.engine, job.source, average) if job.source else 0
-    code = train(assemble(job, built, average, done))
-    if code == 0 and ranks.is_main():
+    training = assemble(job, built, average, done)
+    code = train(training)
+    if code:
+        return code
+    if ranks.is_main():
         run_dir = RunDir(Path(job.recipe.train.output_dir))
         export_weights(built.engine, run_dir.checkpoints, job.model.config, run_dir.weights, average)
-    return code
+    # After the export: a validation that fails takes nothing with it.
+    if training.validation is not None:
+        training.validation(training.step)
+    return 0
 
 
 def step_sampler(

@@ -82,6 +82,8 @@ def train(run: Training) -> int:
     window = Window(run.engine.device)
     code = 0
     with ProgressLine(last, start_step=run.step, speaks=ranks.is_main()) as progress:
+        if 0 < run.step < last:
+            validate(run, window)  # where the run was stopped between saving and validating
         while run.step < last and not code:
             loss = optimizer_step(run, window)
             window.add(loss)
@@ -94,12 +96,10 @@ def train(run: Training) -> int:
                 progress.report(record)
             if run.saves(run.step) and not code:
                 save(run, window)
-            if run.validation is not None and run.validation.due(run.step) and run.step < last and not code:
+            if run.step < last and not code:
                 validate(run, window)
     if not save(run, window):
         code = EXIT_BAD_NUMBERS
-    elif run.validation is not None and not code:
-        run.validation(run.step)
     if code and ranks.is_main():
         print(f"stopped after step {run.step}: {_ENDINGS[code]}", file=sys.stderr, flush=True)
     return code
@@ -183,14 +183,16 @@ def name_bad_videos(run: Training, bad: int) -> None:
 
 
 def validate(run: Training, window: Window) -> None:
-    """Validate in the middle of a run.
+    """Validate in the middle of a run, if it is time.
 
     Raises:
         UserError: too many videos can't be read; the state is saved before.
     """
+    if run.validation is None or not run.validation.due(run.step):
+        return
     try:
         with window.paused():
-            run.validation(run.step)  # type: ignore[misc]
+            run.validation(run.step)
     except UserError:
         save(run, window)
         raise

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class MetricsFile:
     """Appends one JSON object per logged step, flushed at once.
 
-    Lines beyond the step that a run continues from are moved to ``metrics.discarded.jsonl``, not deleted.
+    Lines beyond the step that a run continues from are moved beside it (``metrics.discarded.jsonl``), not deleted.
     """
 
     def __init__(self, path: Path, *, from_step: int) -> None:
@@ -24,11 +24,16 @@ class MetricsFile:
         if path.exists():
             self._set_aside(path, from_step)
         self._file = path.open("a", encoding="utf-8")
+        self._path = path
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record; numbers that aren't finite are written as null, as JSON has no name for them."""
         self._file.write(json.dumps({k: _finite(v) for k, v in record.items()}) + "\n")
         self._file.flush()
+
+    def holds(self, step: int) -> bool:
+        """Whether there is a record of a step."""
+        return any(_step(line) == step for line in self._path.read_text(encoding="utf-8").splitlines())
 
     @staticmethod
     def _set_aside(path: Path, from_step: int) -> None:
@@ -37,7 +42,7 @@ class MetricsFile:
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             (kept if _step(line) <= from_step else later).append(line)
         if later:
-            with path.with_name("metrics.discarded.jsonl").open("a", encoding="utf-8") as discarded:
+            with path.with_name(f"{path.stem}.discarded{path.suffix}").open("a", encoding="utf-8") as discarded:
                 discarded.writelines(later)
             path.write_text("".join(kept), encoding="utf-8")
 

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from everest_ds.config.schema import DataConfig
 from everest_ds.data.dataset import ClipDataset
 from everest_ds.data.loader import BadSamples
@@ -57,11 +59,13 @@ class Validation:
         return bool(self._every_steps) and step % self._every_steps == 0
 
     def __call__(self, step: int) -> None:
-        """Validate; a collective call.
+        """Validate, unless the file has this step already; a collective call.
 
         Raises:
             UserError: too many videos can't be read.
         """
+        if self._recorded(step):
+            return
         self._engine.eval()
         with self._average.in_place() if self._average is not None else contextlib.nullcontext():
             predictions = predict(
@@ -82,3 +86,9 @@ class Validation:
                 file=sys.stderr,
                 flush=True,
             )
+
+    def _recorded(self, step: int) -> bool:
+        """Whether rank 0, which has the file, finds this step in it."""
+        found = [self._records is not None and self._records.holds(step)]
+        dist.broadcast_object_list(found)
+        return found[0]

@@ -17,7 +17,7 @@ CLIP = "data.stride=1 data.workers=0 data.crop_scales=[0.75] data.crop=multiscal
 BASE = [
     *CLIP,
     *"train.global_batch=8 train.max_steps=6 train.log_every_steps=1 optim.warmup_steps=2 optim.base_lr=0.03".split(),
-    *"data.clips_per_video=2 train.validate_every_epochs=0.5".split(),
+    *"data.clips_per_video=2 train.validate_every_epochs=0.125".split(),
 ]
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 
@@ -55,6 +55,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, motion_videos: Path, few_vide
         *(tune(stage, stage) for stage in STAGES),
         tune("checkpointed", "zero2", "model.checkpointing=encoder"),
         tune("averaged", "zero2", "train.ema_decay=0.9"),
+        tune("averaged-unvalidated", "zero2", "train.ema_decay=0.9", "train.validate_every_epochs=0"),
+        tune("zero3-unvalidated", "zero3", "train.validate_every_epochs=0"),
         tune("stopped", "zero2", "train.ema_decay=0.9", "train.max_minutes=1e-9") | {"code": 75},
         tune("stopped", "zero2", "train.ema_decay=0.9", "train.resume=auto"),
         tune("plain", "zero1", "augment.mixup=0", "augment.cutmix=0", "augment.rand_augment_ops=0"),
@@ -73,11 +75,21 @@ def test_stages_offload_and_checkpointing_train_alike(runs, name):
 
 
 def test_every_video_is_validated_once(runs):
-    """Twice a pass over the videos, of 16 steps here, and at the end: after step 6."""
-    found = validations(runs / "zero0")
-    assert [(v["step"], v["videos"]) for v in found] == [(6, 17)]
+    """Eight times in a pass over the videos, of 16 steps here, and at the end; once each also where a run was stopped."""
+    for name in ("zero0", "stopped"):
+        found = validations(runs / name)
+        assert [(v["step"], v["videos"]) for v in found] == [(2, 17), (4, 17), (6, 17)]
     for record in found:
         assert (17 * record["top1"]) == pytest.approx(round(17 * record["top1"]))
+
+
+@pytest.mark.parametrize("name", ["zero3", "averaged"])
+def test_validating_changes_nothing(runs, name):
+    """Not the losses after it, not the weights: the averaged ones are in place for that long only."""
+    assert losses(runs / f"{name}-unvalidated") == losses(runs / name)
+    assert [v["step"] for v in validations(runs / f"{name}-unvalidated")] == [6]
+    ours, theirs = (load_file(runs / n / "model.safetensors") for n in (name, f"{name}-unvalidated"))
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
 
 def test_layers_learn_at_their_own_rates(runs):
@@ -102,7 +114,7 @@ def test_the_run_says_what_of_the_weights_matched(runs):
     log = (runs / "log.txt").read_text()
     assert "50 tensors loaded, 4 new (fc_norm.weight, fc_norm.bias, head.weight, head.bias)" in log
     assert "vit_micro classifier" in log
-    assert log.count("not used (decoder.blocks: 12") == len(STAGES) + 5
+    assert log.count("not used (decoder.blocks: 12") == len(STAGES) + 7
 
 
 def test_a_finished_run_loads_as_a_classifier(runs):

@@ -132,7 +132,7 @@ def test_mistakes_in_finetuning(motion_videos, tmp_path):
     refused("has a head of 5 classes, this run 8; with train.new_head=true", "--from", weights, "model.classes=8")
     refused("but the classifier knows classes 0 ... 4", "--from", weights)
     refused(
-        "has model.size = vit_micro, this run vit_small", "--from", weights, "model.size=vit_small", "model.classes=5"
+        "has model.size = vit_micro, this run vit_small", "--from", weights, "model.size=vit_small", "model.classes=8"
     )
     dangerous = tmp_path / "dangerous.pth"
     ran = tmp_path / "ran"

@@ -41,14 +41,14 @@ def test_plan_prints_one_json_object():
 
 def test_a_plan_of_fine_tuning_is_that_of_its_recipe(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    command = ["plan", "--phase", "finetune", "--model", "vit_micro", "--micro-batch", "4", "--json"]
+    command = ["plan", "--phase", "finetune", "--model", "vit_micro", "--micro-batch", "4", "--json", "--device", "cpu"]
     assert main([*command, "--classes", "10", "model.image_size=48", "train.ema_decay=0.99"]) == 0
     result = json.loads(capsys.readouterr().out)
     keys = ["model.size=vit_micro", "model.image_size=48", "model.classes=10", "train.micro_batch=4"]
     recipe = load_as(FinetuneRecipe, None, [*keys, "train.ema_decay=0.99"])
     assert result["config"]["model"]["classes"] == 10
     assert result["device"]["averaged weights"] == 4 * result["config"]["parameters"]
-    planned = plan(recipe, load_ds_config(DS_CONFIGS / "zero2.json"), ranks=1)
+    planned = plan(recipe, load_ds_config(DS_CONFIGS / "zero2.json"), ranks=1, device_type="cpu")
     assert result["predicted_peak_bytes"] == planned.predicted_peak_bytes
 
 
