@@ -75,7 +75,7 @@ def test_stages_offload_and_checkpointing_train_alike(runs, name):
 
 
 def test_every_video_is_validated_once(runs):
-    """Eight times in a pass over the videos, of 16 steps here, and at the end; once each also where a run was stopped."""
+    """Eight times in a pass over the videos, of 16 steps here, and at the end; also where a run was stopped."""
     for name in ("zero0", "stopped"):
         found = validations(runs / name)
         assert [(v["step"], v["videos"]) for v in found] == [(2, 17), (4, 17), (6, 17)]
