@@ -41,6 +41,7 @@ _WARM_UP_STEPS = 2
 _WARM_UP_STEPS_ZERO3 = 3
 _FORWARD_AND_BACKWARD = 3  # the backward pass takes two products for each of the forward's
 _MATMUL_SIDE = 1024
+_MATMULS, _MATMULS_S = 10, 1.0  # at most so many, and no new one after so many seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,11 +155,14 @@ def with_heaviest_mixing(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, augment=augment)
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second of square matrix products: the fastest of a few."""
     left, right = (torch.rand(_MATMUL_SIDE, _MATMUL_SIDE, device=device).to(dtype) for _ in range(2))
-    best = min(_timed(lambda: left @ right) for _ in range(repeats + 1))
-    return 2 * _MATMUL_SIDE**3 / best
+    seconds: list[float] = []
+    # A CPU without bf16 arithmetic takes seconds for one.
+    while len(seconds) < _MATMULS and sum(seconds) < _MATMULS_S:
+        seconds.append(_timed(lambda: left @ right))
+    return 2 * _MATMUL_SIDE**3 / min(seconds)
 
 
 def _timed(work: Any) -> float:
