@@ -21,8 +21,9 @@ from everest_ds.data.randomness import Stream, generator
 from everest_ds.memory.meters import peak_bytes
 from everest_ds.training import ranks
 from everest_ds.training.average import Average
-from everest_ds.training.metrics import MetricsFile, ProgressLine
+from everest_ds.training.metrics import MetricsFile
 from everest_ds.training.objectives import Objective
+from everest_ds.training.progress import ProgressLine
 from everest_ds.training.schedule import CosineSchedule
 from everest_ds.training.validation import Validation
 from everest_ds.training.window import Window

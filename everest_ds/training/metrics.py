@@ -1,16 +1,11 @@
-"""What a run reports: metrics.jsonl, one line of progress, and the numbers that ranks add up."""
+"""What a run writes down as it goes: metrics.jsonl and validation.jsonl."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
-from types import TracebackType
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
 class MetricsFile:
@@ -53,62 +48,6 @@ def _step(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-class ProgressLine:
-    """A live rich line on a terminal; plain lines otherwise. Everything goes to stderr."""
-
-    def __init__(self, total_steps: int, *, start_step: int, speaks: bool) -> None:
-        self._total = total_steps
-        self._speaks = speaks
-        self._live: Progress | None = None
-        if speaks and sys.stderr.isatty():
-            self._live = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[numbers]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
-            self._task = self._live.add_task("step", total=total_steps, completed=start_step, numbers="")
-
-    def __enter__(self) -> ProgressLine:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def advance(self, step: int) -> None:
-        """Move the bar; costs nothing where there is none."""
-        if self._live is not None:
-            self._live.update(self._task, completed=step)
-
-    def report(self, record: dict[str, Any]) -> None:
-        """Show a logged step's numbers."""
-        if not self._speaks:
-            return
-        numbers = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['clips_per_s']:.1f} clips/s"
-        if "loss_scale" in record:
-            numbers += f"  scale {record['loss_scale']:g}  skipped {record['skipped_steps']}"
-        if self._live is not None:
-            self._live.update(self._task, completed=record["step"], numbers=numbers)
-            return
-        left_s = (self._total - record["step"]) * record["step_s"]
-        print(f"step {record['step']}/{self._total}  {numbers}  left {_clock(left_s)}", file=sys.stderr, flush=True)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
 def _finite(value: Any) -> Any:

@@ -1,38 +1,48 @@
-"""Progress of something that is counted: a live rich line on a terminal, plain lines otherwise."""
+"""How far something has got: a live rich line on a terminal, plain lines otherwise. Everything goes to stderr."""
 
 from __future__ import annotations
 
-import datetime
 import sys
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 _PLAIN_LINES = 10
 
 
-class CountLine:
-    """Call it with the number done and the number in all; everything goes to stderr.
+class _Line:
+    """What is done of how many, elapsed and left; ``numbers`` stand between.
 
     Args:
-        title: what is counted, such as ``videos of data.test``.
+        title: what is counted.
+        total: how many there are; None: not known yet.
+        done: so many are done already.
         speaks: whether anything is shown: one rank speaks for all.
     """
 
-    def __init__(self, title: str, *, speaks: bool) -> None:
+    def __init__(self, title: str, *, total: int | None, done: int = 0, speaks: bool) -> None:
         self._title, self._speaks = title, speaks
-        self._started = time.monotonic()
-        self._said = 0
         self._live: Progress | None = None
         if speaks and sys.stderr.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            left = (TextColumn("left"), TimeRemainingColumn())
-            self._live = Progress(*columns, *left, console=Console(stderr=True))
-            self._task = self._live.add_task(title, total=None)
+            self._live = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._task = self._live.add_task(title, total=total, completed=done, numbers="")
 
-    def __enter__(self) -> CountLine:
+    def __enter__(self) -> Self:
         if self._live is not None:
             self._live.start()
         return self
@@ -43,6 +53,41 @@ class CountLine:
         if self._live is not None:
             self._live.stop()
 
+
+class ProgressLine(_Line):
+    """A training run's: the loss, the rate and the time left of its steps."""
+
+    def __init__(self, total_steps: int, *, start_step: int, speaks: bool) -> None:
+        super().__init__("step", total=total_steps, done=start_step, speaks=speaks)
+        self._total = total_steps
+
+    def advance(self, step: int) -> None:
+        """Move the bar; costs nothing where there is none."""
+        if self._live is not None:
+            self._live.update(self._task, completed=step)
+
+    def report(self, record: dict[str, Any]) -> None:
+        """Show a logged step's numbers."""
+        if not self._speaks:
+            return
+        numbers = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['clips_per_s']:.1f} clips/s"
+        if "loss_scale" in record:
+            numbers += f"  scale {record['loss_scale']:g}  skipped {record['skipped_steps']}"
+        if self._live is not None:
+            self._live.update(self._task, completed=record["step"], numbers=numbers)
+            return
+        left_s = (self._total - record["step"]) * record["step_s"]
+        print(f"step {record['step']}/{self._total}  {numbers}  left {_clock(left_s)}", file=sys.stderr, flush=True)
+
+
+class CountLine(_Line):
+    """That of something counted, such as "videos of data.test": call it with the number done and that in all."""
+
+    def __init__(self, title: str, *, speaks: bool) -> None:
+        super().__init__(title, total=None, speaks=speaks)
+        self._started = time.monotonic()
+        self._said = 0
+
     def __call__(self, done: int, total: int) -> None:
         """Show that ``done`` of ``total`` are done; as plain lines, one for each tenth."""
         if self._live is not None:
@@ -50,5 +95,10 @@ class CountLine:
         elif self._speaks and done * _PLAIN_LINES // total > self._said:
             self._said = done * _PLAIN_LINES // total
             left_s = (time.monotonic() - self._started) * (total - done) / done
-            left = datetime.timedelta(seconds=round(left_s))
-            print(f"{self._title}: {done} of {total}, left {left}", file=sys.stderr, flush=True)
+            print(f"{self._title}: {done} of {total}, left {_clock(left_s)}", file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
