@@ -5,21 +5,21 @@ import contextlib
 import sys
 from pathlib import Path
 
+from everest_ds.config.command_line import parser_with_keys
 from everest_ds.config.errors import one_line_errors
 from everest_ds.config.finetuning import FinetuneRecipe
-from everest_ds.config.load import describe_keys
 from everest_ds.config.logs import set_up_logging
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    keys = [line for line in describe_keys(FinetuneRecipe) if line.startswith(("model.", "data.", "test."))]
-    parser = argparse.ArgumentParser(
-        description="Test a fine-tuned classifier on several views of each video, or probe an encoder's frozen\n"
+    parser = parser_with_keys(
+        "Test a fine-tuned classifier on several views of each video, or probe an encoder's frozen\n"
         "features (on one centre view, unless test.clips and test.crops are given). Without the deepspeed launcher:\n"
         "one rank.",
-        epilog="keys, their defaults where the run says nothing, and [sources]:\n  " + "\n  ".join(keys),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "keys, their defaults where the run says nothing, and [sources]",
+        FinetuneRecipe,
+        ("model", "data", "test"),
     )
     parser.add_argument(
         "--from", dest="source", type=Path, required=True, help="run directory, model.safetensors, or official .pth"
@@ -35,8 +35,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--k", type=int, help="neighbours of --probe knn (default 20)")
     parser.add_argument("--features", type=Path, help="only write features of the split to this .safetensors file")
     parser.add_argument("--json", action="store_true", help="print what scores.json holds on stdout, nothing else")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher passes it
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the run's")
     return parser.parse_intermixed_args()
 
 

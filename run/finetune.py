@@ -3,26 +3,19 @@
 import argparse
 import sys
 
+from everest_ds.config.command_line import training_parser
 from everest_ds.config.ds_config import load_ds_config
 from everest_ds.config.errors import one_line_errors
 from everest_ds.config.finetuning import FinetuneRecipe
-from everest_ds.config.load import build, describe_keys, read_tree
+from everest_ds.config.load import read_tree
 from everest_ds.config.logs import set_up_logging
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description="Fine-tune a video classifier under DeepSpeed. Without the deepspeed launcher: one rank.",
-        epilog="keys, their defaults and [sources]:\n  " + "\n  ".join(describe_keys(FinetuneRecipe)),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--ds_config", required=True, help="DeepSpeed JSON, such as ds_configs/zero2.json")
-    parser.add_argument("--recipe", help="YAML recipe, such as run/recipes/k400_vit_b_finetune.yaml")
+    what = "Fine-tune a video classifier under DeepSpeed."
+    parser = training_parser(what, FinetuneRecipe, "run/recipes/k400_vit_b_finetune.yaml")
     parser.add_argument("--from", dest="pretrained", help="pre-trained weights: train.pretrained")
-    parser.add_argument("--resume", help="auto: continue the run in train.output_dir; or a run directory")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher passes it
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the recipe's")
     return parser.parse_intermixed_args()
 
 
@@ -33,9 +26,8 @@ def main() -> int:
     flags = {"train.pretrained": arguments.pretrained, "train.resume": arguments.resume}
     with one_line_errors("finetune"):
         tree = read_tree(arguments.recipe, arguments.overrides, flags)
-        build(FinetuneRecipe, tree)
         ds_config = load_ds_config(arguments.ds_config)
-        # DeepSpeed takes seconds to import: after the checks that don't need it.
+        # The recipe is checked there: the weights, which take torch to read, bring a part of it.
         from everest_ds.training.finetune import finetune  # noqa: PLC0415
 
         return finetune(tree, ds_config)

@@ -3,26 +3,18 @@
 import argparse
 import sys
 
+from everest_ds.config.command_line import training_parser
 from everest_ds.config.ds_config import load_ds_config
 from everest_ds.config.errors import one_line_errors
-from everest_ds.config.load import build, describe_keys, read_tree
+from everest_ds.config.load import build, read_tree
 from everest_ds.config.logs import set_up_logging
 from everest_ds.config.schema import Recipe
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description="Pre-train EVEREST or VideoMAE under DeepSpeed. Without the deepspeed launcher: one rank.",
-        epilog="keys, their defaults and [sources]:\n  " + "\n  ".join(describe_keys()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--ds_config", required=True, help="DeepSpeed JSON, such as ds_configs/zero2.json")
-    parser.add_argument("--recipe", help="YAML recipe, such as run/recipes/k400_vit_b.yaml; defaults without one")
-    parser.add_argument("--resume", help="auto: continue the run in train.output_dir; or a run directory")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher passes it
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the recipe's")
-    return parser.parse_intermixed_args()
+    what = "Pre-train EVEREST or VideoMAE under DeepSpeed."
+    return training_parser(what, Recipe, "run/recipes/k400_vit_b.yaml").parse_intermixed_args()
 
 
 def main() -> int:
