@@ -139,3 +139,8 @@ class FinetuneRecipe(Recipe):
 
 # What a run is for, and the kind of recipe that describes it.
 PHASES: dict[str, type[Recipe]] = {"pretrain": Recipe, "finetune": FinetuneRecipe}
+
+
+def phase_of(recipe: Recipe) -> str:
+    """Return what a recipe is for, a key of :data:`PHASES`."""
+    return next(phase for phase, kind in PHASES.items() if type(recipe) is kind)

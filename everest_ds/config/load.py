@@ -73,13 +73,23 @@ def build(kind: type, tree: Mapping[str, Any], prefix: str = "") -> Any:
     values = {}
     for key, value in tree.items():
         if dataclasses.is_dataclass(hints[key]):
-            # A group whose lines are all comments reads as null.
-            if not isinstance(value, Mapping | None):
-                raise UserError(f"{prefix}{key}: expected a group of settings, got {value!r}")
-            values[key] = build(typing.cast(type, hints[key]), value or {}, f"{prefix}{key}.")
+            values[key] = build(typing.cast(type, hints[key]), group(tree, key, prefix), f"{prefix}{key}.")
         else:
             values[key] = _coerce(value, hints[key], prefix + key)
     return kind(**values)
+
+
+def group(tree: Mapping[str, Any], key: str, prefix: str = "") -> Mapping[str, Any]:
+    """Return a group of settings from a tree, an empty one where there is none.
+
+    Raises:
+        UserError: it is a value.
+    """
+    value = tree.get(key)
+    # A group whose lines are all comments reads as null.
+    if not isinstance(value, Mapping | None):
+        raise UserError(f"{prefix}{key}: expected a group of settings, got {value!r}")
+    return value or {}
 
 
 def dump(config: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from everest_ds.config.batches import ACCUMULATION, AUTO, GLOBAL, MICRO
 from everest_ds.config.errors import UserError
-from everest_ds.config.finetuning import FinetuneRecipe
+from everest_ds.config.finetuning import FinetuneRecipe, phase_of
 from everest_ds.config.schema import Recipe
 from everest_ds.memory.arithmetic import FLOPS_PER_MAC, StepMacs, step_macs
 from everest_ds.memory.compare import CHECKPOINTING, check_known, plan_any_batch
@@ -125,7 +125,7 @@ def _row(planned: Plan, name: str, capacity: Capacity, macs: StepMacs) -> FitRow
     largest = planned.largest_micro_batch(capacity.size_bytes)
     rate = capacity.gpu.rates.get(setting.precision) if capacity.gpu else None
     return FitRow(
-        phase="finetune" if isinstance(planned.recipe, FinetuneRecipe) else "pretrain",
+        phase=phase_of(planned.recipe),
         model=model.size,
         method=model.method,
         ds_config=name,

@@ -7,6 +7,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from everest_ds.config.finetuning import FinetuneRecipe
+from everest_ds.config.schema import Recipe
 
 # The average follows quickly at first: the initial weights are not worth remembering (TensorFlow's rule, timm's too).
 _WARM_UP_STEPS = 10
@@ -33,7 +37,7 @@ class Average:
         self._steps += 1
         decay = min(self._decay, self._steps / (_WARM_UP_STEPS + self._steps))
         current = [parameter.detach().float() for parameter in self._parameters.values()]
-        torch._foreach_lerp_(list(self.state.values()), current, 1 - decay)
+        get_ema_multi_avg_fn(decay)(list(self.state.values()), current, None)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -55,3 +59,9 @@ class Average:
         self._steps = steps
         for name, value in self.state.items():
             value.copy_(state[name])
+
+
+def build_average(model: nn.Module, recipe: Recipe) -> Average | None:
+    """Return the average that a recipe asks for (``train.ema_decay``, in fine-tuning), or None."""
+    decay = recipe.train.ema_decay if isinstance(recipe, FinetuneRecipe) else 0.0
+    return Average(model, decay) if decay else None

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
-from functools import partial
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from everest_ds.config.ds_config import zero_stage
 from everest_ds.config.errors import UserError
-from everest_ds.config.finetuning import FinetuneRecipe
-from everest_ds.config.load import build
+from everest_ds.config.finetuning import FinetuneRecipe, FinetuneTrainConfig
+from everest_ds.config.load import build, group
 from everest_ds.data.augment import ClipAugment
 from everest_ds.data.dataset import ClipDataset
 from everest_ds.data.manifest import Entry, check_labels, count_classes, read_manifest
 from everest_ds.models import VideoClassifier
 from everest_ds.models.weights import Weights, load_encoder, read_weights
+from everest_ds.training.checkpoint import find_resume
 from everest_ds.training.engine import build_model
 from everest_ds.training.job import Job, run
-from everest_ds.training.objectives import Classify
-from everest_ds.training.run_dir import RunDir
-from everest_ds.training.validation import Validation
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +42,14 @@ def finetune(tree: Mapping[str, Any], raw_ds_config: dict[str, Any]) -> int:
 
 def prepare(tree: Mapping[str, Any], raw_ds_config: dict[str, Any]) -> Job:
     """Resolve a fine-tuning run; raises UserError as :func:`finetune` does."""
-    recipe = build(FinetuneRecipe, tree)
-    weights = read_weights(recipe.train.pretrained, key=_KEY) if recipe.train.pretrained else None
+    train = build(FinetuneTrainConfig, group(tree, "train"), "train.")
+    weights = read_weights(train.pretrained, key=_KEY) if train.pretrained else None
     recipe = build(FinetuneRecipe, inherit(tree, weights))
     if recipe.train.ema_decay and zero_stage(raw_ds_config) == 3:
         raise UserError("train.ema_decay: no rank has whole parameters to average under ZeRO-3; use stage 2")
     if recipe.data.train is None:
         raise UserError("data.train: no training manifest; give data.train=/path/to/train.csv")
+    source = find_resume(recipe)
     entries = read_manifest(recipe.data.train, recipe.data.root, key="data.train")
     classes = count(recipe, entries, weights)
     check_labels(entries, classes, key="data.train")
@@ -70,25 +67,22 @@ def prepare(tree: Mapping[str, Any], raw_ds_config: dict[str, Any]) -> Job:
         seed=recipe.train.seed,
         transform=ClipAugment(recipe.augment),
     )
-    job = Job.prepare(
+    return Job.prepare(
         recipe,
         raw_ds_config,
-        model,
-        dataset,
-        objective=Classify(recipe.augment, classes, clips_per_video=recipe.data.clips_per_video),
+        model=model,
+        dataset=dataset,
+        source=source,
         description=description,
-        ema_decay=recipe.train.ema_decay,
+        validation=validation,
     )
-    if validation is None:
-        return job
-    return dataclasses.replace(job, make_validation=validator(job, recipe, validation, classes))
 
 
 def inherit(tree: Mapping[str, Any], weights: Weights | None) -> dict[str, Any]:
     """Put the settings that weights come with beneath those of a recipe."""
     if weights is None:
         return dict(tree)
-    return {**tree, "model": {**weights.inherited, **(tree.get("model") or {})}}
+    return {**tree, "model": {**weights.inherited, **group(tree, "model")}}
 
 
 def count(recipe: FinetuneRecipe, entries: list[Entry], weights: Weights | None) -> int:
@@ -121,20 +115,6 @@ def validation_set(recipe: FinetuneRecipe, classes: int) -> ClipDataset | None:
     check_labels(entries, classes, key="data.val")
     shape = {"frames": recipe.model.frames, "image_size": recipe.model.image_size}
     return ClipDataset.for_evaluation(entries, recipe.data, **shape)
-
-
-def validator(job: Job, recipe: FinetuneRecipe, dataset: ClipDataset, classes: int) -> Callable[..., Validation]:
-    """Return what makes the validation, given the engine, the average and the step to start from."""
-    every = recipe.train.validate_every_epochs
-    return partial(
-        Validation,
-        dataset=dataset,
-        data=recipe.data,
-        classes=classes,
-        videos_per_batch=job.batches.micro,
-        every_steps=max(1, round(every * job.steps_per_epoch)) if every else 0,
-        path=RunDir(Path(recipe.train.output_dir)).validations,
-    )
 
 
 def describe(model: VideoClassifier, recipe: FinetuneRecipe) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,17 +13,18 @@ from deepspeed.accelerator import get_accelerator
 from everest_ds.config.batches import Batches
 from everest_ds.config.ds_config import precision, zero_stage
 from everest_ds.config.errors import UserError
+from everest_ds.config.finetuning import FinetuneRecipe
 from everest_ds.config.schema import Recipe
 from everest_ds.data.dataset import ClipDataset
 from everest_ds.data.loader import BadSamples, StepSampler, build_loader
 from everest_ds.models import MaskedAutoencoder, VideoClassifier
 from everest_ds.training import checkpoint, ranks
-from everest_ds.training.average import Average
+from everest_ds.training.average import Average, build_average
 from everest_ds.training.engine import Built, initialise, resolve
 from everest_ds.training.export import export_weights
 from everest_ds.training.loop import Training, train
 from everest_ds.training.metrics import MetricsFile
-from everest_ds.training.objectives import Objective
+from everest_ds.training.objectives import objective_for
 from everest_ds.training.run_dir import RunDir, environment
 from everest_ds.training.schedule import CosineSchedule, build_schedule
 from everest_ds.training.validation import Validation
@@ -34,7 +34,7 @@ from everest_ds.training.validation import Validation
 class Job:
     """Everything that can be known, and found wrong, before any process talks to another.
 
-    ``describe`` are lines about the model, for rank 0 to say; ``make_validation`` gets the engine.
+    ``description``: lines about the model, for rank 0 to say; ``validation``: videos to validate on, in fine-tuning.
     """
 
     recipe: Recipe
@@ -45,26 +45,26 @@ class Job:
     source: RunDir | None
     steps_per_epoch: int
     schedule: CosineSchedule
-    objective: Objective
     description: list[str]
-    ema_decay: float = 0.0
-    make_validation: Callable[..., Validation] | None = None
+    validation: ClipDataset | None
 
     @classmethod
     def prepare(
         cls,
         recipe: Recipe,
         raw_ds_config: dict[str, Any],
+        *,
         model: MaskedAutoencoder | VideoClassifier,
         dataset: ClipDataset,
-        **rest: Any,
+        source: RunDir | None,
+        description: list[str],
+        validation: ClipDataset | None = None,
     ) -> Job:
         """Resolve a recipe and a DeepSpeed JSON for a model and its videos.
 
         Raises:
             UserError: they don't go together, or the run directory can't be written.
         """
-        source = checkpoint.find_resume(recipe)
         ds_config, batches = resolve(raw_ds_config, recipe, model)
         if precision(ds_config) == "fp16" and zero_stage(ds_config) == 0:
             raise UserError(
@@ -84,7 +84,8 @@ class Job:
             source=source,
             steps_per_epoch=steps_per_epoch,
             schedule=build_schedule(recipe.optim, batches.total, steps_per_epoch, total),
-            **rest,
+            description=description,
+            validation=validation,
         )
 
 
@@ -96,7 +97,7 @@ def run(job: Job) -> int:
     """
     ranks.start()
     built = initialise(job.model, job.recipe, job.ds_config)
-    average = Average(built.engine.module, job.ema_decay) if job.ema_decay else None
+    average = build_average(built.engine.module, job.recipe)
     done = checkpoint.load(built.engine, job.source, average) if job.source else 0
     training = assemble(job, built, average, done)
     code = train(training)
@@ -146,14 +147,32 @@ def assemble(job: Job, built: Built, average: Average | None, done: int) -> Trai
         schedule=job.schedule,
         config=recipe.train,
         steps_per_epoch=job.steps_per_epoch,
-        objective=job.objective,
+        objective=objective_for(recipe),
         average=average,
-        validation=job.make_validation(built.engine, average, from_step=done) if job.make_validation else None,
+        validation=build_validation(job, built, average, done),
         bad_samples=BadSamples(recipe.data.max_bad_share, clips_per_video=recipe.data.clips_per_video),
         metrics=metrics,
         save=partial(checkpoint.save, built.engine, run_dir, average),
         step=done,
         saved_at=done if job.source == run_dir else -1,
+    )
+
+
+def build_validation(job: Job, built: Built, average: Average | None, done: int) -> Validation | None:
+    """Return what validates a fine-tuning, ``done`` steps into it; None where there is nothing to validate on."""
+    recipe = job.recipe
+    if job.validation is None or not isinstance(recipe, FinetuneRecipe):
+        return None
+    every = recipe.train.validate_every_epochs
+    return Validation(
+        built.engine,
+        average,
+        dataset=job.validation,
+        max_bad_share=recipe.data.max_bad_share,
+        videos_per_batch=job.batches.micro,
+        every_steps=max(1, round(every * job.steps_per_epoch)) if every else 0,
+        path=RunDir(Path(recipe.train.output_dir)).validations,
+        from_step=done,
     )
 
 

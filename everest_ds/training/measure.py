@@ -31,7 +31,7 @@ from everest_ds.memory import meters
 from everest_ds.memory.objectives import heaviest_mixing, random_batch
 from everest_ds.models import build_network, forward_macs
 from everest_ds.training import ranks
-from everest_ds.training.average import Average
+from everest_ds.training.average import Average, build_average
 from everest_ds.training.engine import Built, build_model, initialise, resolve
 from everest_ds.training.objectives import Objective, objective_for
 
@@ -122,14 +122,13 @@ class _Run:
         batch = random_batch(model, batches.micro, generator)
         if not ranks.on_cpu():
             batch = batch._replace(clips=batch.clips.pin_memory())
-        ema_decay = recipe.train.ema_decay if isinstance(recipe, FinetuneRecipe) else 0.0
         return cls(
             built=built,
             ds_config=ds_config,
             batches=batches,
             objective=objective_for(with_heaviest_mixing(recipe)),
             batch=batch,
-            average=Average(built.engine.module, ema_decay) if ema_decay else None,
+            average=build_average(built.engine.module, recipe),
         )
 
     def step(self) -> None:

@@ -9,9 +9,9 @@ from everest_ds.config.schema import Recipe
 from everest_ds.data.dataset import ClipDataset
 from everest_ds.data.manifest import read_manifest
 from everest_ds.models import MaskedAutoencoder
+from everest_ds.training.checkpoint import find_resume
 from everest_ds.training.engine import build_model
 from everest_ds.training.job import Job, run
-from everest_ds.training.objectives import Reconstruct
 
 
 def pretrain(recipe: Recipe, raw_ds_config: dict[str, Any]) -> int:
@@ -29,6 +29,7 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any]) -> Job:
         raise UserError("data.train: no training manifest; give data.train=/path/to/train.csv")
     if recipe.optim.layer_decay != 1:
         raise UserError("optim.layer_decay: layer-wise decay is for fine-tuning; pre-training wants 1.0")
+    source = find_resume(recipe)
     entries = read_manifest(recipe.data.train, recipe.data.root, key="data.train")
     model = build_model(recipe)
     assert isinstance(model, MaskedAutoencoder)
@@ -40,7 +41,9 @@ def prepare(recipe: Recipe, raw_ds_config: dict[str, Any]) -> Job:
         tokens=model.budget.clip_noise,
         seed=recipe.train.seed,
     )
-    return Job.prepare(recipe, raw_ds_config, model, dataset, objective=Reconstruct(), description=[describe(model)])
+    return Job.prepare(
+        recipe, raw_ds_config, model=model, dataset=dataset, source=source, description=[describe(model)]
+    )
 
 
 def describe(model: MaskedAutoencoder) -> str:

@@ -15,7 +15,7 @@ from everest_ds.config.ds_config import load_ds_config
 from everest_ds.config.ds_config import precision as precision_of
 from everest_ds.config.errors import UserError
 from everest_ds.config.finetuning import ClassifierConfig, FinetuneRecipe
-from everest_ds.config.load import build, read_tree, to_tree
+from everest_ds.config.load import build, group, read_tree, to_tree
 from everest_ds.models import VideoClassifier
 from everest_ds.models.weights import Weights, load_encoder, read_weights
 from everest_ds.training import ranks
@@ -139,13 +139,14 @@ def resolve(weights: Weights, request: Request) -> FinetuneRecipe:
         tree = {"data": found.get("data"), "model": {**weights.inherited, **kept, "classes": _UNUSED_CLASSES}}
     else:
         tree = {**found, "model": {**(weights.settings or {}), "classes": weights.classes}}
-    if weights.settings is None and "keep_ratio" not in (read_tree(None, request.overrides).get("model") or {}):
+    asked = read_tree(None, request.overrides)
+    if weights.settings is None and "keep_ratio" not in group(asked, "model"):
         log.warning(
             "%s doesn't say its settings: model.keep_ratio=%g is taken", weights.file, ClassifierConfig.keep_ratio
         )
     if request.frozen:
         tree["test"] = _FROZEN_TEST
-    recipe: FinetuneRecipe = build(FinetuneRecipe, _merged(tree, read_tree(None, request.overrides)))
+    recipe: FinetuneRecipe = build(FinetuneRecipe, _merged(tree, asked))
     return recipe
 
 

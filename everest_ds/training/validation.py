@@ -9,7 +9,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from everest_ds.config.schema import DataConfig
 from everest_ds.data.dataset import ClipDataset
 from everest_ds.data.loader import BadSamples
 from everest_ds.training import ranks
@@ -25,8 +24,7 @@ class Validation:
         engine: DeepSpeed's.
         average: evaluated in place of the last weights, if there is one.
         dataset: one view per video.
-        data: for ``max_bad_share``.
-        classes: of the model.
+        max_bad_share: of its videos, ``data.max_bad_share``.
         videos_per_batch: per rank and pass.
         every_steps: between validations; 0: at the end only.
         path: validation.jsonl.
@@ -39,19 +37,16 @@ class Validation:
         average: Average | None,
         *,
         dataset: ClipDataset,
-        data: DataConfig,
-        classes: int,
+        max_bad_share: float,
         videos_per_batch: int,
         every_steps: int,
         path: Path,
         from_step: int,
     ) -> None:
         self._engine, self._average = engine, average
-        self._dataset, self._classes = dataset, classes
+        self._dataset = dataset
         self._videos_per_batch, self._every_steps = videos_per_batch, every_steps
-        self._bad_samples = BadSamples(
-            data.max_bad_share, clips_per_video=dataset.views, lost_ends=False, key="data.val"
-        )
+        self._bad_samples = BadSamples(max_bad_share, clips_per_video=dataset.views, lost_ends=False, key="data.val")
         self._records = MetricsFile(path, from_step=from_step) if ranks.is_main() else None
 
     def due(self, step: int) -> bool:
@@ -76,7 +71,7 @@ class Validation:
                 bad_samples=self._bad_samples,
             )
         self._engine.train()
-        scores = score(predictions, self._classes)
+        scores = score(predictions, predictions.probabilities.shape[1])
         if self._records is not None:
             record = {"step": step, "top1": scores.top1, "top5": scores.top5, "videos": len(predictions.labels)}
             self._records.write(record)

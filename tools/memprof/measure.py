@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from everest_ds.config.errors import UserError
-from everest_ds.config.finetuning import PHASES
+from everest_ds.config.finetuning import phase_of
 from everest_ds.config.load import to_tree
 from everest_ds.config.schema import Recipe
 from tools.memprof import common
@@ -54,8 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def job(recipe: Recipe, ds_config: dict[str, Any], *, steps: int, name: str) -> dict[str, Any]:
     """What the ranks are sent."""
-    phase = next(phase for phase, kind in PHASES.items() if type(recipe) is kind)
-    return {"name": name, "phase": phase, "recipe": to_tree(recipe), "ds_config": ds_config, "steps": steps}
+    return {"name": name, "phase": phase_of(recipe), "recipe": to_tree(recipe), "ds_config": ds_config, "steps": steps}
 
 
 def compare(planned: Plan, per_rank: list[dict[str, Any]]) -> dict[str, Any]:
