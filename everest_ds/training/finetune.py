@@ -49,11 +49,11 @@ def prepare(tree: Mapping[str, Any], raw_ds_config: dict[str, Any]) -> Job:
         raise UserError("train.ema_decay: no rank has whole parameters to average under ZeRO-3; use stage 2")
     if recipe.data.train is None:
         raise UserError("data.train: no training manifest; give data.train=/path/to/train.csv")
-    source = find_resume(recipe)
     entries = read_manifest(recipe.data.train, recipe.data.root, key="data.train")
     classes = count(recipe, entries, weights)
     check_labels(entries, classes, key="data.train")
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, classes=classes))
+    source = find_resume(recipe)
     validation = validation_set(recipe, classes)
     model = build_model(recipe)
     assert isinstance(model, VideoClassifier)
