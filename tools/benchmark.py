@@ -1,8 +1,7 @@
-"""Benchmarks: ``python tools/benchmark.py learning --seeds 1,2,3 --write docs/learning.md``."""
+"""Benchmarks: ``python tools/benchmark.py step --write docs/performance-step.md``; ``--help`` lists them."""
 
 import argparse
 import os
-import platform
 import shlex
 import sys
 from pathlib import Path
@@ -15,7 +14,33 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Measure what the project claims.")
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
-    learning = benchmarks.add_parser("learning", help="pre-train and fine-tune on motion videos; a table of accuracy")
+    add_step(benchmarks.add_parser("step", help="seconds, FLOP/s and memory of a step, against a reference style"))
+    add_learning(
+        benchmarks.add_parser("learning", help="pre-train and fine-tune on motion videos; a table of accuracy")
+    )
+    for benchmark in benchmarks.choices.values():
+        benchmark.add_argument("--write", type=Path, metavar="FILE.md", help="the table; FILE.json beside it")
+    return parser.parse_args()
+
+
+def add_step(step: argparse.ArgumentParser) -> None:
+    """Declare the flags of ``step``."""
+    step.add_argument("--sizes", default="vit_base", help="comma-separated (default vit_base)")
+    step.add_argument("--batch", type=int, default=2, help="clips per step (default 2)")
+    step.add_argument("--pairs", type=int, default=5, help="rounds, each with every variant once (default 5)")
+    step.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default fp32")
+    step.add_argument("--compiled", action="store_true", help="with torch.compile, too")
+    step.add_argument("--profile", action="store_true", help="with a table of where the time goes")
+    step.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="keys of the model, such as model.image_size=112"
+    )
+
+
+def add_learning(learning: argparse.ArgumentParser) -> None:
+    """Declare the flags of ``learning``."""
+    learning.add_argument(
+        "--tune", action="store_true", help="try learning rates instead: on a seed that isn't reported"
+    )
     learning.add_argument("--seeds", default="1,2,3", help="comma-separated; each makes its own videos (default 1,2,3)")
     learning.add_argument("--folder", type=Path, default=Path("outputs/learning"), help="videos and runs; continued")
     learning.add_argument("--side-by-side", type=int, default=os.cpu_count() or 1, help="runs at a time, a thread each")
@@ -23,12 +48,27 @@ def parse_arguments() -> argparse.Namespace:
         "--pretrain", nargs="*", default=[], metavar="key=value", help="settings of all pre-trainings"
     )
     learning.add_argument("--finetune", nargs="*", default=[], metavar="key=value", help="settings of all fine-tunings")
-    learning.add_argument("--write", type=Path, required=True, metavar="FILE.md", help="the table; FILE.json beside it")
-    return parser.parse_args()
 
 
-def run_learning(arguments: argparse.Namespace) -> None:
-    """Run the learning benchmark and write its table."""
+def run_step(arguments: argparse.Namespace, command: str) -> tuple[list[str], dict[str, object]]:
+    """Run the step benchmark."""
+    from everest_ds.benchmarks import step, step_report  # noqa: PLC0415 - torch takes seconds to load
+
+    settings = step.Settings(
+        sizes=tuple(arguments.sizes.split(",")),
+        batch=arguments.batch,
+        pairs=arguments.pairs,
+        precision=arguments.precision,
+        compiled=arguments.compiled,
+        profiled=arguments.profile,
+        overrides=tuple(arguments.overrides),
+    )
+    result = step.measure(settings, say)
+    return step_report.report(result, command=command), result.as_json()
+
+
+def run_learning(arguments: argparse.Namespace, command: str) -> tuple[list[str], dict[str, object]]:
+    """Run the learning benchmark."""
     from everest_ds.benchmarks import learning, learning_report  # noqa: PLC0415 - torch takes seconds to load
 
     try:
@@ -36,25 +76,34 @@ def run_learning(arguments: argparse.Namespace) -> None:
     except ValueError as error:
         raise UserError(f"--seeds: expected whole numbers such as 1,2,3, got {arguments.seeds}") from error
     settings = learning.Settings(
+        table=learning.TUNING if arguments.tune else learning.LEARNING,
         folder=arguments.folder.resolve(),
         seeds=seeds,
         side_by_side=arguments.side_by_side,
         pretrain=tuple(arguments.pretrain),
         finetune=tuple(arguments.finetune),
     )
-    cells = learning.run(settings, lambda line: print(line, file=sys.stderr, flush=True))
-    command = "python " + shlex.join(sys.argv)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    learning_report.write(cells, settings, command=command, machine=machine, path=arguments.write)
-    print(arguments.write.read_text(encoding="utf-8"))
+    cells = learning.run(settings, say)
+    return learning_report.report(cells, settings, command=command), learning_report.as_json(cells, settings)
+
+
+def say(line: str) -> None:
+    """Tell how far it has got."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> int:
     """Run the command."""
     arguments = parse_arguments()
     set_up_logging()
+    command = "python " + shlex.join(sys.argv)
     with one_line_errors("benchmark"):
-        {"learning": run_learning}[arguments.benchmark](arguments)
+        lines, numbers = {"learning": run_learning, "step": run_step}[arguments.benchmark](arguments, command)
+        from everest_ds.benchmarks import tables  # noqa: PLC0415 - as above
+
+        if arguments.write is not None:
+            tables.write(arguments.write, lines, {"command": command, "machine": tables.machine(), **numbers})
+        print("\n".join(lines))
     return 0
 
 

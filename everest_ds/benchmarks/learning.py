@@ -26,16 +26,14 @@ from everest_ds.models.weights import WEIGHTS_FILE
 ROOT = Path(__file__).parents[2]
 PRETRAIN, FINETUNE = Path("run/recipes/motion.yaml"), Path("run/recipes/motion_finetune.yaml")
 DS_CONFIG = Path("ds_configs/zero0.json")
-UNLABELLED, LABELLED, HELD_OUT = 2000, 48, 400
+UNLABELLED, LABELLED, HELD_OUT = 2000, 100, 400
+MARGIN = 8  # pixels around training videos: crops shift them
 _LOG_LINES = 15
 
 
 MOST, ALL, LEAST = "most-changing 0.6", "all tokens", "least-changing 0.6"
-FINETUNINGS: dict[str, tuple[str, ...]] = {
-    MOST: (),
-    ALL: ("model.keep_ratio=1.0",),
-    LEAST: ("model.selector=least",),
-}
+# Learning rates per 256 clips that are tried, for each method's pre-training and for fine-tuning from scratch.
+_RATES = (8e-3, 1.6e-2, 3.2e-2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,28 +50,56 @@ class Pretraining:
     finetunings: tuple[str, ...] = (MOST, ALL)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows, and the fine-tunings that they name: overrides of the fine-tuning recipe."""
+
+    pretrainings: dict[str, Pretraining]
+    finetunings: dict[str, tuple[str, ...]]
+
+    @property
+    def cells(self) -> list[tuple[str, str]]:
+        """Every pre-training with every fine-tuning that follows it."""
+        return [(name, finetuning) for name, row in self.pretrainings.items() for finetuning in row.finetunings]
+
+
 _VIDEOMAE = ("model.method=videomae",)
 SCRATCH = "from scratch"
-PRETRAININGS: dict[str, Pretraining] = {
-    SCRATCH: Pretraining(overrides=None, finetunings=(MOST, ALL, LEAST)),
-    "EVEREST": Pretraining(finetunings=(MOST, ALL, LEAST)),
-    "VideoMAE, same steps": Pretraining(overrides=_VIDEOMAE),
-    "VideoMAE, same compute": Pretraining(overrides=_VIDEOMAE, equal_compute=True),
-    # The controls: Table 16 of the paper in small, and the official positions.
-    "EVEREST, least-changing tokens": Pretraining(overrides=("model.selector=least",), finetunings=(MOST,)),
-    "EVEREST, flattened positions": Pretraining(shape=("model.positions=flattened",), finetunings=(MOST,)),
-}
-CELLS = [(name, finetuning) for name, row in PRETRAININGS.items() for finetuning in row.finetunings]
+LEARNING = Table(
+    pretrainings={
+        SCRATCH: Pretraining(overrides=None, finetunings=(MOST, ALL, LEAST)),
+        "EVEREST": Pretraining(finetunings=(MOST, ALL, LEAST)),
+        "VideoMAE, same steps": Pretraining(overrides=_VIDEOMAE),
+        "VideoMAE, same compute": Pretraining(overrides=_VIDEOMAE, equal_compute=True),
+        # The controls: Table 16 of the paper in small, and the official positions.
+        "EVEREST, least-changing tokens": Pretraining(overrides=("model.selector=least",), finetunings=(MOST,)),
+        "EVEREST, flattened positions": Pretraining(shape=("model.positions=flattened",), finetunings=(MOST,)),
+    },
+    finetunings={MOST: (), ALL: ("model.keep_ratio=1.0",), LEAST: ("model.selector=least",)},
+)
+_FINETUNING_RATES = {f"{MOST}, rate {rate:g}": (f"optim.base_lr={rate}",) for rate in _RATES}
+TUNING = Table(
+    pretrainings={
+        SCRATCH: Pretraining(overrides=None, finetunings=tuple(_FINETUNING_RATES)),
+        **{
+            f"{name}, rate {rate:g}": Pretraining(overrides=(*method, f"optim.base_lr={rate}"), finetunings=(MOST,))
+            for name, method in (("EVEREST", ()), ("VideoMAE", ("model.method=videomae",)))
+            for rate in _RATES
+        },
+    },
+    finetunings={MOST: (), **_FINETUNING_RATES},
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What a benchmark is asked for.
 
-    ``folder`` takes videos and runs; ``side_by_side`` runs, one thread each; ``pretrain`` and ``finetune`` override the
-    recipes of all arms.
+    ``table`` of runs; ``folder`` takes videos and runs; ``side_by_side`` runs, one thread each; ``pretrain`` and
+    ``finetune`` override the recipes of all arms.
     """
 
+    table: Table
     folder: Path
     seeds: tuple[int, ...]
     side_by_side: int
@@ -115,7 +141,7 @@ def run(settings: Settings, say: Callable[[str], None]) -> list[Cell]:
     steps = equal_compute_steps(settings)
     say(f"VideoMAE with EVEREST's compute: {steps} steps")
     started = time.monotonic()
-    tasks = [(seed, row) for seed in settings.seeds for row in PRETRAININGS]
+    tasks = [(seed, row) for seed in settings.seeds for row in settings.table.pretrainings]
     with concurrent.futures.ThreadPoolExecutor(settings.side_by_side) as pool:
         futures = {pool.submit(run_row, settings, seed, row, steps): (seed, row) for seed, row in tasks}
         try:
@@ -130,14 +156,14 @@ def run(settings: Settings, say: Callable[[str], None]) -> list[Cell]:
             raise
     return [
         Cell(pretraining=p, finetuning=f, accuracy={s: accuracy(finetuned(settings, s, p, f)) for s in settings.seeds})
-        for p, f in CELLS
+        for p, f in settings.table.cells
     ]
 
 
 def write_videos(settings: Settings, seed: int) -> None:
     """Write the videos of a seed, and the list of the few whose labels are used."""
     folder = videos(settings, seed)
-    write_set(folder, train=UNLABELLED, val=HELD_OUT, seed=seed, workers=settings.side_by_side)
+    write_set(folder, train=UNLABELLED, val=HELD_OUT, margin=MARGIN, seed=seed, workers=settings.side_by_side)
     header, *lines = (folder / "train.csv").read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "labelled.csv").write_text("".join([header, *lines[:LABELLED]]), encoding="utf-8")
 
@@ -154,7 +180,7 @@ def run_row(settings: Settings, seed: int, row: str, equal_steps: int) -> None:
     folder = videos(settings, seed)
     common = [f"train.seed={seed}", f"data.root={folder}"]
     source: list[str] = []
-    what = PRETRAININGS[row]
+    what = settings.table.pretrainings[row]
     if what.overrides is not None:
         output = pretrained(settings, seed, row)
         steps = [f"train.max_steps={equal_steps}"] if what.equal_compute else []
@@ -169,7 +195,7 @@ def run_row(settings: Settings, seed: int, row: str, equal_steps: int) -> None:
             f"data.val={folder / 'val.csv'}",
             f"train.output_dir={output}",
         ]
-        overrides = [*common, *place, *settings.finetune, *what.shape, *FINETUNINGS[finetuning]]
+        overrides = [*common, *place, *settings.finetune, *what.shape, *settings.table.finetunings[finetuning]]
         launch("finetune", FINETUNE, output, [*source, *overrides])
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
-from pathlib import Path
+from typing import Any
 
 from everest_ds.benchmarks.learning import (
     FINETUNE,
@@ -13,7 +12,6 @@ from everest_ds.benchmarks.learning import (
     LEAST,
     MOST,
     PRETRAIN,
-    PRETRAININGS,
     SCRATCH,
     UNLABELLED,
     Cell,
@@ -21,6 +19,7 @@ from everest_ds.benchmarks.learning import (
     final_loss,
     pretrained,
 )
+from everest_ds.benchmarks.tables import machine
 from everest_ds.data.synthetic import DIRECTIONS
 
 # What the method promises, as differences of cells.
@@ -38,23 +37,20 @@ _QUESTIONS = (
 )
 
 
-def write(cells: list[Cell], settings: Settings, *, command: str, machine: str, path: Path) -> None:
-    """Write the table to ``path`` (Markdown) and the numbers beside it (JSON)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(markdown(cells, settings, command=command, machine=machine), encoding="utf-8")
+def as_json(cells: list[Cell], settings: Settings) -> dict[str, Any]:
+    """Return the numbers as plain values."""
     numbers = [asdict(cell) | {"mean": cell.mean, "spread": cell.spread} for cell in cells]
-    facts = {"command": command, "machine": machine, "seeds": settings.seeds, "cells": numbers}
-    path.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return {"seeds": settings.seeds, "cells": numbers}
 
 
-def markdown(cells: list[Cell], settings: Settings, *, command: str, machine: str) -> str:
-    """Return the table, the differences that the method promises, and how they came about."""
+def report(cells: list[Cell], settings: Settings, *, command: str) -> list[str]:
+    """Return the lines of the table, the differences that the method promises, and how they came about."""
     found = {(cell.pretraining, cell.finetuning): cell for cell in cells}
     seeds = ", ".join(map(str, settings.seeds))
     lines = [
         "# The learning table",
         "",
-        f"Written by `{command}` ({machine}).",
+        f"Written by `{command}` ({machine()}).",
         "",
         f"Held-out top-1 accuracy on synthetic motion videos (chance {1 / DIRECTIONS:.3f}): mean and standard "
         f"deviation over seeds {seeds}, and each seed. A seed decides videos, initial weights and order. {UNLABELLED} "
@@ -66,19 +62,21 @@ def markdown(cells: list[Cell], settings: Settings, *, command: str, machine: st
     ]
     for cell in cells:
         values = " ".join(f"{value:.3f}" for value in cell.accuracy.values())
-        loss = _losses(settings, cell.pretraining) if cell.finetuning == MOST else ""
+        first = cell.finetuning == settings.table.pretrainings[cell.pretraining].finetunings[0]
+        loss = _losses(settings, cell.pretraining) if first else ""
         lines.append(
             f"| {cell.pretraining} | {loss} | {cell.finetuning} | {cell.mean:.3f} ± {cell.spread:.3f} | {values} |"
         )
-    lines += ["", "| difference | mean | by seed |", "|---|---|---|"]
-    for question, left, right in _QUESTIONS:
+    asked = [question for question in _QUESTIONS if {*question[1:]} <= set(found)]
+    lines += ["", "| difference | mean | by seed |", "|---|---|---|"] if asked else []
+    for question, left, right in asked:
         pairs = [found[left].accuracy[seed] - found[right].accuracy[seed] for seed in settings.seeds]
         by_seed = " ".join(f"{pair:+.3f}" for pair in pairs)
         lines.append(f"| {question} | {sum(pairs) / len(pairs):+.3f} | {by_seed} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _losses(settings: Settings, row: str) -> str:
-    if PRETRAININGS[row].overrides is None:
+    if settings.table.pretrainings[row].overrides is None:
         return ""
     return " ".join(f"{final_loss(pretrained(settings, seed, row)):.3f}" for seed in settings.seeds)

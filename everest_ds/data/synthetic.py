@@ -51,10 +51,13 @@ _VERSION = 1
 _RECORD = "synthetic.json"
 
 
-def render_motion(seed: int, index: int, *, size: int = SIZE, frames: int = FRAMES) -> tuple[NDArray[np.uint8], int]:
-    """Return a video, grey uint8 (frames, size, size), and its label, the direction 0 ... 7.
+def render_motion(
+    seed: int, index: int, *, size: int = SIZE, frames: int = FRAMES, margin: int = 0
+) -> tuple[NDArray[np.uint8], int]:
+    """Return a video, grey uint8 (frames, size + 2 * margin, size + 2 * margin), and its label, the direction 0 ... 7.
 
-    Labels follow the index, so that any 8 videos in a row have one of each.
+    Labels follow the index, so that any 8 videos in a row have one of each. With a margin the frame goes on beyond the
+    world's edges, where it wraps around: any crop of ``size`` pixels is a whole world, shifted.
     """
     rng = generator(Stream.SYNTHETIC, seed, index)
     label = index % DIRECTIONS
@@ -72,6 +75,7 @@ def render_motion(seed: int, index: int, *, size: int = SIZE, frames: int = FRAM
     video[time, rows[:, :, None], columns[:, None]] = _texture(rng)
 
     video = _shake(video, rng)
+    video = np.pad(video, ((0, 0), (margin, margin), (margin, margin)), mode="wrap")
     video = video + _NOISE_SIGMA * rng.standard_normal(video.shape, dtype=np.float32)
     return np.clip(np.rint(video), 0, 255).astype(np.uint8), label
 
@@ -83,6 +87,7 @@ def write_motion_videos(
     seed: int,
     size: int = SIZE,
     frames: int = FRAMES,
+    margin: int = 0,
     first_index: int = 0,
     workers: int = 1,
     progress: Callable[[int], None] | None = None,
@@ -95,6 +100,7 @@ def write_motion_videos(
         seed: with the index, all there is to a video.
         size: height and width, pixels, even.
         frames: per video; 16 are a clip, the rest is room for its start.
+        margin: pixels of the world beyond each edge, room for crops.
         first_index: index of the first video.
         workers: processes.
         progress: told the number of videos written so far.
@@ -102,9 +108,11 @@ def write_motion_videos(
     Raises:
         UserError: a number makes no video, or the folder can't be written.
     """
-    _check_numbers(count=count, seed=seed, size=size, frames=frames, first_index=first_index, workers=workers)
+    zero_or_more = {"seed": seed, "margin": margin, "first_index": first_index}
+    _check_numbers(size, zero_or_more, count=count, frames=frames, workers=workers)
     folder = Path(folder)
-    write = functools.partial(_write_video, folder, seed, size, frames)
+    shape = {"size": size, "frames": frames, "margin": margin}
+    write = functools.partial(_write_video, folder, seed, shape)
     indices = range(first_index, first_index + count)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -116,11 +124,12 @@ def write_motion_videos(
     return manifest
 
 
-def _check_numbers(*, size: int, seed: int, first_index: int, **positive: int) -> None:
+def _check_numbers(size: int, zero_or_more: dict[str, int], **positive: int) -> None:
     if size % 2 or size < 2 * SPRITE:
         raise UserError(f"size: must be even and at least {2 * SPRITE} pixels, got {size}")
-    if seed < 0 or first_index < 0:
-        raise UserError(f"seed and first_index: must not be negative, got {seed} and {first_index}")
+    for name, value in zero_or_more.items():
+        if value < 0:
+            raise UserError(f"{name}: must not be negative, got {value}")
     for name, value in positive.items():
         if value < 1:
             raise UserError(f"{name}: must be positive, got {value}")
@@ -156,9 +165,9 @@ def _shake(video: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.f
     return video[np.arange(frames)[:, None, None], rows[:, :, None], columns[:, None]]
 
 
-def _write_video(folder: Path, seed: int, size: int, frames: int, index: int) -> tuple[str, int]:
+def _write_video(folder: Path, seed: int, shape: dict[str, int], index: int) -> tuple[str, int]:
     """Write one video and return its name and label. It appears under its name only when it is whole."""
-    video, label = render_motion(seed, index, size=size, frames=frames)
+    video, label = render_motion(seed, index, **shape)
     path = folder / f"{index:07d}.mp4"
     unfinished = path.with_suffix(".unfinished")
     encode_grey(unfinished, video)
@@ -199,28 +208,40 @@ def _map(
 
 
 def write_set(
-    out: Path, *, train: int, val: int, seed: int, size: int = SIZE, frames: int = FRAMES, workers: int = 1
+    out: Path,
+    *,
+    train: int,
+    val: int,
+    seed: int,
+    size: int = SIZE,
+    frames: int = FRAMES,
+    margin: int = 0,
+    workers: int = 1,
 ) -> None:
     """Write OUT/train.csv and OUT/val.csv with their videos, unless the very same set is there already.
+
+    The margin is for random crops: training videos have it.
 
     Raises:
         UserError: OUT holds another set, or anything else.
     """
     for count in (train, val):
-        _check_numbers(count=count, seed=seed, size=size, frames=frames, first_index=0, workers=workers)
-    wanted = {"version": _VERSION, "train": train, "val": val, "seed": seed, "size": size, "frames": frames}
+        _check_numbers(size, {"seed": seed, "margin": margin}, count=count, frames=frames, workers=workers)
+    shape = {"size": size, "frames": frames, "margin": margin}
+    wanted = {"version": _VERSION, "train": train, "val": val, "seed": seed, **shape}
     if _holds(out, wanted):
         print(f"{out} already holds this set", file=sys.stderr)
         return
     # First, so that whatever an interrupted call leaves behind is known for what it is.
     _write_record(out, wanted)
-    for name, count, first in (("train", train, 0), ("val", val, FIRST_VAL_INDEX)):
+    for name, count, first, room in (("train", train, 0, margin), ("val", val, FIRST_VAL_INDEX, 0)):
         write_motion_videos(
             out / name,
             count,
             seed=seed,
             size=size,
             frames=frames,
+            margin=room,
             first_index=first,
             workers=workers,
             progress=_ProgressLine(name, count),
@@ -277,6 +298,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--val", type=int, required=True, help="validation videos")
     parser.add_argument("--size", type=int, default=SIZE, help=f"height and width, pixels (default {SIZE})")
     parser.add_argument("--frames", type=int, default=FRAMES, help=f"frames per video (default {FRAMES})")
+    parser.add_argument(
+        "--margin", type=int, default=0, help="pixels around training videos, room for random crops (default 0)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
     options = parser.parse_args(arguments)

@@ -20,8 +20,9 @@ from everest_ds.tokens import TokenBudget
 
 # The epsilon that every official model uses.
 norm = partial(LayerNorm, eps=1e-6)
-# Below this many tokens a CPU is faster with materialised attention (measured: 156 and 470 tokens eager, 1568 fused).
-_CPU_FUSED_FROM_TOKENS = 1000
+# Below so many tokens a CPU with these instructions is faster with materialised attention (measured: 156 and 470 tokens
+# eager, 1568 fused); with AVX2 fused attention won at every length (docs/performance.md).
+_CPU_FUSED_FROM_TOKENS = {"AVX512": 1000}
 
 # Runs a block now and again in the backward pass: checkpoint(function, *tensors) -> tensor.
 Checkpoint = Callable[..., Any]
@@ -31,7 +32,8 @@ recompute: Checkpoint = partial(torch_checkpoint, use_reentrant=False)
 def use_fused_attention(attention: str, tokens: int, device_type: str) -> bool:
     """Resolve ``model.attention`` for a sequence length and a device type ("cpu", "cuda", ...)."""
     if attention == "auto":
-        return device_type != "cpu" or tokens >= _CPU_FUSED_FROM_TOKENS
+        instructions = torch.backends.cpu.get_cpu_capability()
+        return device_type != "cpu" or tokens >= _CPU_FUSED_FROM_TOKENS.get(instructions, 0)
     return attention == "fused"
 
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from everest_ds.benchmarks import learning
-from everest_ds.benchmarks.learning import CELLS, PRETRAININGS, Cell, Settings, launch, slug
-from everest_ds.benchmarks.learning_report import markdown
+from everest_ds.benchmarks.learning import LEARNING, TUNING, Cell, Settings, Table, launch, slug
+from everest_ds.benchmarks.learning_report import report
 from everest_ds.config.errors import UserError
 from everest_ds.config.finetuning import FinetuneRecipe
 from everest_ds.config.load import load_as, load_recipe
@@ -14,14 +14,15 @@ from everest_ds.config.load import load_as, load_recipe
 
 @pytest.fixture
 def settings(tmp_path) -> Settings:
-    return Settings(folder=tmp_path, seeds=(1, 2), side_by_side=1)
+    return Settings(table=LEARNING, folder=tmp_path, seeds=(1, 2), side_by_side=1)
 
 
-def test_every_row_resolves():
-    for name, row in PRETRAININGS.items():
+@pytest.mark.parametrize("table", [LEARNING, TUNING], ids=["learning", "tuning"])
+def test_every_row_resolves(table: Table):
+    for name, row in table.pretrainings.items():
         load_recipe(learning.ROOT / learning.PRETRAIN, [*(row.overrides or ()), *row.shape])
         for finetuning in row.finetunings:
-            asked = [*row.shape, *learning.FINETUNINGS[finetuning]]
+            asked = [*row.shape, *table.finetunings[finetuning]]
             recipe = load_as(FinetuneRecipe, learning.ROOT / learning.FINETUNE, asked)
             assert recipe.train.max_steps, name
 
@@ -32,18 +33,18 @@ def test_equal_compute_means_fewer_steps_for_videomae(settings):
 
 
 def test_the_table_has_every_cell_and_differences_the_right_way_round(settings):
-    cells = [Cell(pretraining=p, finetuning=f, accuracy={1: 0.2, 2: 0.4}) for p, f in CELLS]
+    cells = [Cell(pretraining=p, finetuning=f, accuracy={1: 0.2, 2: 0.4}) for p, f in LEARNING.cells]
     better = Cell(pretraining="EVEREST", finetuning="most-changing 0.6", accuracy={1: 0.6, 2: 0.7})
-    cells[CELLS.index(("EVEREST", "most-changing 0.6"))] = better
+    cells[LEARNING.cells.index(("EVEREST", "most-changing 0.6"))] = better
     for seed in settings.seeds:
-        for name in PRETRAININGS:
+        for name in LEARNING.pretrainings:
             run = learning.pretrained(settings, seed, name)
             run.mkdir(parents=True)
             (run / "metrics.jsonl").write_text(json.dumps({"loss": 0.5}) + "\n")
-    text = markdown(cells, settings, command="c", machine="m")
+    text = "\n".join(report(cells, settings, command="c"))
     assert "| EVEREST | 0.500 0.500 | most-changing 0.6 | 0.650 ± 0.071 | 0.600 0.700 |" in text
     assert "| EVEREST pre-training against none | +0.350 | +0.400 +0.300 |" in text
-    assert text.count("\n| ") == 1 + len(CELLS) + 1 + 6
+    assert text.count("\n| ") == 1 + len(LEARNING.cells) + 1 + 6
 
 
 def test_a_run_made_with_other_settings_is_not_taken_for_this_one(settings, tmp_path):

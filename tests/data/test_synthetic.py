@@ -110,6 +110,15 @@ def test_a_quarter_of_the_frames_is_shaken(monkeypatch: pytest.MonkeyPatch) -> N
     assert 0.15 < shaken < 0.35
 
 
+def test_a_crop_of_a_video_with_a_margin_is_the_same_world_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthetic, "_NOISE_SIGMA", 0.0)
+    world, label = render_motion(5, 3)
+    wide, same = render_motion(5, 3, margin=8)
+    assert (wide.shape, same) == ((20, 64, 64), label)
+    assert np.array_equal(wide[:, 8:56, 8:56], world)
+    assert np.array_equal(wide[:, :48, 12:60], np.roll(world, (8, -4), axis=(1, 2)))
+
+
 def test_first_index_names_and_draws_other_videos(tmp_path: Path) -> None:
     path = write_motion_videos(tmp_path / "more", 3, seed=1, first_index=21, frames=16, size=32)
     assert path.read_text().splitlines() == ["path,label", *(f"more/{i:07d}.mp4,{i % 8}" for i in (21, 22, 23))]
@@ -139,7 +148,8 @@ def test_the_dataset_reads_it(manifest: Path) -> None:
         ({"size": 8}, "size: must be even"),
         ({"count": 0}, "count: must be positive, got 0"),
         ({"frames": 0}, "frames: must be positive, got 0"),
-        ({"seed": -1}, "must not be negative"),
+        ({"seed": -1}, "seed: must not be negative"),
+        ({"margin": -1}, "margin: must not be negative"),
     ],
 )
 def test_mistakes(tmp_path: Path, settings: dict[str, int], words: str) -> None:
@@ -179,6 +189,11 @@ class TestCommand:
         main(arguments)
         assert len(read_all(tmp_path / "set/val/1000001.mp4")) == 20
         assert len(read_manifest(tmp_path / "set/train.csv")) == 3
+
+    def test_training_videos_alone_have_a_margin(self, tmp_path: Path) -> None:
+        main([str(tmp_path / "set"), "--train", "1", "--val", "1", "--margin", "4"])
+        shapes = [read_all(tmp_path / f"set/{name}.mp4").shape for name in ("train/0000000", "val/1000000")]
+        assert shapes == [(20, 56, 56, 3), (20, 48, 48, 3)]
 
     def test_a_folder_with_other_things_is_left_alone(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "thesis.tex").write_text("dear reader")

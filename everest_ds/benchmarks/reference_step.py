@@ -1,0 +1,82 @@
+"""The stated baseline of ``tools/benchmark.py step``: the same step, written as the official research code writes it.
+
+What it does that ours doesn't, after reading the official EVEREST and VideoMAE implementations: a Conv3d embedding of
+all tokens with gradient, boolean masks (which cost a host synchronisation on a GPU), attention that materialises its
+matrix, targets of all tokens of which a share is then used, and positions copied anew at every step. It takes the very
+weights of one of our models and gives its loss (``tests/benchmarks/test_step.py``), so that only the way differs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+from everest_ds.models import MaskedAutoencoder
+from everest_ds.models.patches import CHANNELS, GREY_LEVELS, patchify
+
+_TARGET_EPS = 1e-6
+
+
+def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
+    return torch.tensor(values, device=like.device, dtype=like.dtype)[:, None, None, None]
+
+
+def normalised(clips: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the official loaders hand over: (B, 3, T, H, W) standardised floats, from uint8 clips."""
+    pixels = clips.float().div_(GREY_LEVELS)
+    mean, deviation = (_per_channel(v, pixels) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    return pixels.sub_(mean).div_(deviation).to(dtype)
+
+
+class ReferenceStep(nn.Module):
+    """A model's pre-training pass in the style of the research code.
+
+    Args:
+        model: whose weights it uses, built with ``attention="eager"``; without frame selection.
+    """
+
+    def __init__(self, model: MaskedAutoencoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, clips: Tensor, noise: Tensor) -> Tensor:
+        """Return the loss of normalised clips (B, 3, T, H, W), with noise as in :class:`MaskedAutoencoder`."""
+        model = self.model
+        tokens = self._embed(clips)
+        visible, target = self._masks(tokens.detach(), noise)
+        positions = self._copied(model.encoder.positions.table, tokens)
+        seen = (tokens + positions)[visible].reshape(len(clips), -1, tokens.shape[-1])
+        seen = model.encoder_to_decoder(model.encoder.norm(model.encoder.blocks.run(seen)))
+        positions = self._copied(model.decoder.positions.table, seen)
+        seen = seen + positions[visible].reshape_as(seen)
+        hidden = model.mask_token + positions[target].reshape(len(clips), -1, seen.shape[-1])
+        decoded = model.decoder.blocks.run(torch.cat([seen, hidden], dim=1))
+        prediction = model.decoder.head(model.decoder.norm(decoded[:, -hidden.shape[1] :]))
+        targets = self._targets(clips)[target].reshape_as(prediction)
+        return F.mse_loss(prediction.float(), targets)
+
+    def _embed(self, clips: Tensor) -> Tensor:
+        layer, (tubelet, patch) = self.model.encoder.patch_embed, self.model.encoder.cut
+        kernel = layer.weight.view(-1, CHANNELS, tubelet, patch, patch)
+        embedded = F.conv3d(clips, kernel, layer.bias, stride=(tubelet, patch, patch))
+        return embedded.flatten(2).transpose(1, 2)
+
+    def _masks(self, tokens: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Boolean (B, N) masks of the visible and of the target tokens."""
+        chosen = self.model.selector.choose(tokens, noise, self.model.budget)
+        empty = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        visible, target = (empty.scatter(1, index, True) for index in chosen)
+        return visible, target
+
+    @staticmethod
+    def _copied(table: Tensor, like: Tensor) -> Tensor:
+        return table.expand(len(like), -1, -1).type_as(like).clone().detach()
+
+    @torch.no_grad()
+    def _targets(self, clips: Tensor) -> Tensor:
+        mean, deviation = (_per_channel(v, clips) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+        pixels = patchify(clips * deviation + mean, *self.model.encoder.cut).transpose(-2, -1)
+        spread = pixels.var(dim=-2, unbiased=True, keepdim=True).sqrt() + _TARGET_EPS
+        return ((pixels - pixels.mean(dim=-2, keepdim=True)) / spread).flatten(-2).float()

@@ -1,0 +1,281 @@
+"""How fast is a step, and how near to the machine's limit? Variants in turn, in one process, as ratios.
+
+A step here is forward pass, loss and backward pass of random clips: what the model's code decides. Optimizer and
+communication are the same for every variant, and ``memprof measure`` times them with it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from everest_ds.benchmarks.parts import milliseconds
+from everest_ds.benchmarks.reference_step import ReferenceStep, normalised
+from everest_ds.benchmarks.tables import Spread
+from everest_ds.config.load import load_recipe
+from everest_ds.config.schema import check
+from everest_ds.memory.meters import DeviceMeter, StorageMeter
+from everest_ds.memory.objectives import random_batch
+from everest_ds.models import MaskedAutoencoder, forward_macs
+from everest_ds.training import ranks
+
+OURS, COMPILED, REFERENCE = "ours", "compiled", "reference style"
+METHODS = ("everest", "videomae")
+_STEP_FLOPS_PER_MAC = 6  # two per multiply-accumulate; the backward pass has two products for each of the forward's
+_LARGEST_SHAPES = 4  # layers whose products make up nearly all of a step
+_PRODUCTS_S = 0.2  # seconds of products of one shape, per round
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a benchmark is asked for.
+
+    ``sizes`` such as ``vit_base``; ``batch`` clips per step; ``pairs`` rounds, each of which takes one step of every
+    variant and times matrix products; ``precision`` of parameters and activations, fp32 or bf16, as DeepSpeed does it;
+    ``compiled``: with torch.compile, too; ``profiled``: with a profile; ``overrides`` of the recipe's ``model`` group.
+    """
+
+    sizes: tuple[str, ...]
+    batch: int = 2
+    pairs: int = 5
+    precision: str = "fp32"
+    compiled: bool = False
+    profiled: bool = False
+    overrides: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for key in ("batch", "pairs"):
+            check(getattr(self, key) > 0, f"--{key}", f"must be positive, got {getattr(self, key)}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of parameters and activations."""
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.precision]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to take a step. ``attention`` is eager or fused."""
+
+    method: str
+    style: str
+    attention: str
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        return f"{self.method}, {self.style}, {self.attention}"
+
+
+def variants(compiled: bool) -> list[Variant]:
+    """Return what is compared for one size."""
+    styles = [(OURS, "eager"), (OURS, "fused"), (REFERENCE, "eager")] + [(COMPILED, "fused")] * compiled
+    return [Variant(method=m, style=style, attention=attention) for m in METHODS for style, attention in styles]
+
+
+@dataclass(kw_only=True, eq=False)
+class Runner:
+    """A variant ready to run; ``rounds`` takes its seconds."""
+
+    variant: Variant
+    model: MaskedAutoencoder
+    loss: Callable[[], Tensor]
+    flops: int
+    rounds: list[float] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Take one step from no gradients."""
+        self.model.zero_grad(set_to_none=True)
+        self.loss().backward()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A variant's result; ``flops_per_s`` by the published count: recomputation and waste earn nothing.
+
+    ``share`` is of the fastest matrix product of the model's own shapes in the same round; ``peak_bytes`` are tensors
+    beyond the parameters, gradients included (None: not seen from outside a compiled graph).
+    """
+
+    size: str
+    variant: Variant
+    seconds: Spread
+    flops_per_s: Spread
+    share: Spread
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """Seconds of one step over those of another, round by round."""
+
+    size: str
+    numerator: str
+    denominator: str
+    spread: Spread
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What came out; ``product_flops_per_s`` by size; ``profiles`` by size, milliseconds by variant and part."""
+
+    settings: Settings
+    rows: list[Row]
+    ratios: list[Ratio]
+    product_flops_per_s: dict[str, Spread]
+    profiles: dict[str, dict[str, dict[str, float]]]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def measure(settings: Settings, say: Callable[[str], None]) -> Result:
+    """Time every variant of every size; ``say`` is told what is done, a line at a time.
+
+    Raises:
+        UserError: a setting that can't be.
+    """
+    result = Result(settings=settings, rows=[], ratios=[], product_flops_per_s={}, profiles={})
+    for size in settings.sizes:
+        runners = [prepare(variant, size, settings) for variant in variants(settings.compiled)]
+        shapes = largest_shapes(runners[0])
+        for runner in runners:
+            runner.run()
+            say(f"{size}: {runner.variant.name}: ready")
+        names = (f"{size}: round {i} of {settings.pairs}" for i in range(1, settings.pairs + 1))
+        rates = [_round(runners, shapes, settings.dtype, say, name) for name in names]
+        result.rows.extend(_row(size, runner, rates) for runner in runners)
+        result.ratios.extend(compare(size, runners))
+        result.product_flops_per_s[size] = Spread.of(rates)
+        if settings.profiled:
+            result.profiles[size] = {runner.variant.name: milliseconds(runner.run) for runner in runners}
+    return result
+
+
+def prepare(variant: Variant, size: str, settings: Settings) -> Runner:
+    """Build a variant's model on this rank's device, with random clips."""
+    keys = [f"model.size={size}", f"model.method={variant.method}", f"model.attention={variant.attention}"]
+    config = load_recipe(None, [*settings.overrides, *keys]).model
+    torch.manual_seed(0)
+    device = ranks.device()
+    model = MaskedAutoencoder(config, device_type=device.type).to(device)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(settings.dtype)
+    data = random_batch(model, settings.batch, torch.Generator().manual_seed(0))
+    clips, noise = data.clips.to(device), data.noise.to(device)
+    flops = _STEP_FLOPS_PER_MAC * settings.batch * forward_macs(MaskedAutoencoder, config)
+    return Runner(variant=variant, model=model, loss=_loss(variant.style, model, clips, noise), flops=flops)
+
+
+def _loss(style: str, model: MaskedAutoencoder, clips: Tensor, noise: Tensor) -> Callable[[], Tensor]:
+    if style == REFERENCE:
+        reference, floats = ReferenceStep(model), normalised(clips, model.mask_token.dtype)
+        return lambda: reference(floats, noise)
+    network = torch.compile(model) if style == COMPILED else model
+    return lambda: network(clips, noise).loss
+
+
+def _round(
+    runners: Sequence[Runner], shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype, say: Any, name: str
+) -> float:
+    """Time each variant once; return the rate of the fastest product, in FLOP/s."""
+    rate = max(product_rate(shape, dtype) for shape in shapes)
+    for runner in runners:
+        runner.rounds.append(timed(runner.run))
+    say(f"{name}: {', '.join(f'{runner.rounds[-1]:.2f} s' for runner in runners)}; {rate / 1e9:.0f} GFLOP/s")
+    return rate
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds that something takes, the device waited for."""
+    get_accelerator().synchronize()
+    start = time.perf_counter()
+    work()
+    get_accelerator().synchronize()
+    return time.perf_counter() - start
+
+
+def largest_shapes(runner: Runner) -> list[tuple[int, int, int]]:
+    """Return the (rows, in, out) of the linear layers that take most of a step's arithmetic."""
+    seen: Counter[tuple[int, int, int]] = Counter()
+
+    def record(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, nn.Linear)
+        shape = (args[0].numel() // layer.in_features, layer.in_features, layer.out_features)
+        seen[shape] += math.prod(shape)
+
+    # Not the tubelet embedding, a subclass: it multiplies by itself.
+    layers = [layer for layer in runner.model.modules() if type(layer) is nn.Linear]
+    hooks = [layer.register_forward_pre_hook(record) for layer in layers]
+    runner.run()
+    for hook in hooks:
+        hook.remove()
+    return [shape for shape, _ in seen.most_common(_LARGEST_SHAPES)]
+
+
+def product_rate(shape: tuple[int, int, int], dtype: torch.dtype) -> float:
+    """FLOP/s of the plain matrix product of a (rows, in) and an (in, out) matrix: the fastest of a few."""
+    rows, inner, columns = shape
+    left, right = (torch.rand(*sides, device=ranks.device()).to(dtype) for sides in ((rows, inner), (inner, columns)))
+    left @ right
+    seconds: list[float] = []
+    while sum(seconds) < _PRODUCTS_S:
+        seconds.append(timed(lambda: left @ right))
+    return 2 * rows * inner * columns / min(seconds)
+
+
+def _row(size: str, runner: Runner, rates: Sequence[float]) -> Row:
+    speeds = [runner.flops / seconds for seconds in runner.rounds]
+    shares = [speed / rate for speed, rate in zip(speeds, rates, strict=True)]
+    return Row(
+        size=size,
+        variant=runner.variant,
+        seconds=Spread.of(runner.rounds),
+        flops_per_s=Spread.of(speeds),
+        share=Spread.of(shares),
+        peak_bytes=None if runner.variant.style == COMPILED else peak_bytes(runner),
+    )
+
+
+def peak_bytes(runner: Runner) -> int:
+    """Peak of the tensors of a step beyond what is there before: activations and gradients."""
+    runner.model.zero_grad(set_to_none=True)
+    device = ranks.device()
+    if device.type == "cpu":
+        with StorageMeter() as meter:
+            runner.run()
+        return meter.peak_bytes - meter.before_bytes
+    before = torch.get_device_module(device).memory_allocated(device)
+    with DeviceMeter(device) as allocator:
+        runner.run()
+    return allocator.allocated_bytes - int(before)
+
+
+def compare(size: str, runners: Sequence[Runner]) -> list[Ratio]:
+    """Method against method, and each method against its other ways, all by its faster attention."""
+    best = {method: _fastest(runners, method) for method in METHODS}
+    pairs = [(best["everest"], best["videomae"])]
+    pairs += [(best[runner.variant.method], runner) for runner in runners if runner not in best.values()]
+    return [
+        Ratio(
+            size=size,
+            numerator=a.variant.name,
+            denominator=b.variant.name,
+            spread=Spread.of([x / y for x, y in zip(a.rounds, b.rounds, strict=True)]),
+        )
+        for a, b in pairs
+    ]
+
+
+def _fastest(runners: Sequence[Runner], method: str) -> Runner:
+    ours = [r for r in runners if (r.variant.method, r.variant.style) == (method, OURS)]
+    return min(ours, key=lambda runner: Spread.of(runner.rounds).median)
