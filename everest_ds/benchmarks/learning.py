@@ -67,10 +67,13 @@ _VIDEOMAE = ("model.method=videomae",)
 SCRATCH = "from scratch"
 LEARNING = Table(
     pretrainings={
-        SCRATCH: Pretraining(overrides=None, finetunings=(MOST, ALL, LEAST)),
+        SCRATCH: Pretraining(overrides=None),
+        "from scratch, 5 times as long": Pretraining(
+            overrides=None, shape=("train.max_steps=750", "optim.warmup_steps=75"), finetunings=(MOST,)
+        ),
         "EVEREST": Pretraining(finetunings=(MOST, ALL, LEAST)),
         "VideoMAE, same steps": Pretraining(overrides=_VIDEOMAE),
-        "VideoMAE, same compute": Pretraining(overrides=_VIDEOMAE, equal_compute=True),
+        "VideoMAE, same compute": Pretraining(overrides=_VIDEOMAE, equal_compute=True, finetunings=(MOST,)),
         # The controls: Table 16 of the paper in small, and the official positions.
         "EVEREST, least-changing tokens": Pretraining(overrides=("model.selector=least",), finetunings=(MOST,)),
         "EVEREST, flattened positions": Pretraining(shape=("model.positions=flattened",), finetunings=(MOST,)),

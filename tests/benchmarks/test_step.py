@@ -1,0 +1,82 @@
+"""The step benchmark: its baseline does the same work, and its table says what was measured. Times are not looked at."""
+
+import pytest
+import torch
+
+from everest_ds.benchmarks import step
+from everest_ds.benchmarks.reference_step import ReferenceStep, normalised
+from everest_ds.benchmarks.step import REFERENCE, Runner, Settings, Variant
+from everest_ds.benchmarks.step_report import report
+from everest_ds.benchmarks.tables import Spread
+from everest_ds.models import create_model
+
+SMALL = ("model.image_size=48", "model.decoder_depth=1", "model.frames=8")
+
+
+@pytest.mark.parametrize("method", step.METHODS)
+def test_the_reference_style_gives_the_same_loss_and_gradients(method):
+    torch.manual_seed(1)
+    model = create_model("vit_micro", method=method, image_size=48, frames=8, decoder_depth=1, attention="eager")
+    clips, noise = torch.randint(0, 256, (2, 3, 8, 48, 48), dtype=torch.uint8), torch.rand(2, model.budget.clip_noise)
+    ours = model(clips, noise).loss
+    ours.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    theirs = ReferenceStep(model)(normalised(clips, torch.float32), noise)
+    theirs.backward()
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.fixture(scope="module")
+def result() -> step.Result:
+    settings = Settings(sizes=("vit_micro",), batch=1, pairs=2, profiled=True, overrides=SMALL)
+    return step.measure(settings, lambda line: None)
+
+
+def test_every_variant_is_measured_against_its_own_baseline(result):
+    assert {row.variant.method for row in result.rows} == set(step.METHODS)
+    assert len(result.rows) == len(step.variants(compiled=False)) == 6
+    for ratio in result.ratios[1:]:
+        assert ratio.numerator.split(",")[0] == ratio.denominator.split(",")[0]
+    assert ", ".join(result.ratios[0].numerator.split(", ")[:2]) == "everest, ours"
+    assert result.ratios[0].denominator.startswith("videomae, ours")
+    assert sum(REFERENCE in ratio.denominator for ratio in result.ratios) == 2
+
+
+def test_the_peak_holds_gradients_and_the_reference_takes_more(result):
+    peaks = {(row.variant.method, row.variant.style, row.variant.attention): row.peak_bytes for row in result.rows}
+    gradients = sum(p.nbytes for p in create_model("vit_micro", image_size=48, decoder_depth=1).parameters())
+    for method in step.METHODS:
+        assert gradients < peaks[method, "ours", "fused"] <= peaks[method, "ours", "eager"]
+        assert peaks[method, "ours", "eager"] < peaks[method, REFERENCE, "eager"]
+
+
+def test_rates_are_arithmetic_over_time(result):
+    row = result.rows[0]
+    # Slowest step, slowest rate.
+    assert row.flops_per_s.least * row.seconds.most == pytest.approx(row.flops_per_s.most * row.seconds.least)
+
+
+def test_ratios_are_taken_round_by_round():
+    runners = [
+        Runner(variant=Variant(method=m, style="ours", attention="fused"), model=None, loss=None, flops=1, rounds=r)
+        for m, r in (("everest", [1.0, 2.0, 30.0]), ("videomae", [2.0, 4.0, 40.0]))
+    ]
+    (ratio,) = step.compare("vit_base", runners)
+    assert (ratio.spread.median, ratio.spread.least, ratio.spread.most) == (0.5, 0.5, 0.75)
+
+
+def test_the_report_lists_rows_ratios_and_where_time_goes(result):
+    text = "\n".join(report(result, command="c"))
+    for row in result.rows:
+        assert f"| vit_micro: {row.variant.name} | {row.seconds:.3f} |" in text
+    assert "matrix products" in text
+    profile = result.profiles["vit_micro"]["everest, ours, eager"]
+    assert profile["matrix products"] > 0
+    assert profile["attention"] > 0
+
+
+def test_spreads():
+    assert f"{Spread.of([3.0, 1.0, 2.0]):.1f}" == "2.0 (1.0 to 3.0)"
