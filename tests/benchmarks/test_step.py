@@ -1,4 +1,4 @@
-"""The step benchmark: its baseline does the same work, and its table says what was measured. Times are not looked at."""
+"""The step benchmark: its baseline does the same work, its table says what was measured. Times are not looked at."""
 
 import pytest
 import torch
