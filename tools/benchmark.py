@@ -25,6 +25,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def add_step(step: argparse.ArgumentParser) -> None:
     """Declare the flags of ``step``."""
+    step.add_argument("--phase", choices=("pretrain", "finetune"), default="pretrain", help="default pretrain")
     step.add_argument("--sizes", default="vit_base", help="comma-separated (default vit_base)")
     step.add_argument("--batch", type=int, default=2, help="clips per step (default 2)")
     step.add_argument("--pairs", type=int, default=5, help="rounds, each with every variant once (default 5)")
@@ -56,6 +57,7 @@ def run_step(arguments: argparse.Namespace, command: str) -> tuple[list[str], di
 
     settings = step.Settings(
         sizes=tuple(arguments.sizes.split(",")),
+        phase=arguments.phase,
         batch=arguments.batch,
         pairs=arguments.pairs,
         precision=arguments.precision,

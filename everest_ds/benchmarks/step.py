@@ -9,26 +9,29 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from everest_ds.benchmarks.parts import milliseconds
 from everest_ds.benchmarks.reference_step import ReferenceStep, normalised
 from everest_ds.benchmarks.tables import Spread
-from everest_ds.config.load import load_recipe
-from everest_ds.config.schema import check
+from everest_ds.config.finetuning import FinetuneRecipe
+from everest_ds.config.load import load_as
+from everest_ds.config.schema import Recipe, check
+from everest_ds.data.loader import Batch
 from everest_ds.memory.meters import DeviceMeter, StorageMeter
 from everest_ds.memory.objectives import random_batch
-from everest_ds.models import MaskedAutoencoder, forward_macs
+from everest_ds.models import MaskedAutoencoder, VideoClassifier, build_network, forward_macs
 from everest_ds.training import ranks
 
 OURS, COMPILED, REFERENCE = "ours", "compiled", "reference style"
-METHODS = ("everest", "videomae")
+_CLASSES = 400  # of Kinetics-400, the paper's data set
 _STEP_FLOPS_PER_MAC = 6  # two per multiply-accumulate; the backward pass has two products for each of the forward's
 _LARGEST_SHAPES = 4  # layers whose products make up nearly all of a step
 _PRODUCTS_S = 0.2  # seconds of products of one shape, per round
@@ -38,12 +41,14 @@ _PRODUCTS_S = 0.2  # seconds of products of one shape, per round
 class Settings:
     """What a benchmark is asked for.
 
-    ``sizes`` such as ``vit_base``; ``batch`` clips per step; ``pairs`` rounds, each of which takes one step of every
-    variant and times matrix products; ``precision`` of parameters and activations, fp32 or bf16, as DeepSpeed does it;
-    ``compiled``: with torch.compile, too; ``profiled``: with a profile; ``overrides`` of the recipe's ``model`` group.
+    ``phase`` pretrain or finetune; ``sizes`` such as ``vit_base``; ``batch`` clips per step; ``pairs`` rounds, each of
+    which takes one step of every variant and times matrix products; ``precision`` of parameters and activations, fp32
+    or bf16, as DeepSpeed does it; ``compiled``: with torch.compile, too; ``profiled``: with a profile; ``overrides`` of
+    the recipe's ``model`` group.
     """
 
     sizes: tuple[str, ...]
+    phase: str = "pretrain"
     batch: int = 2
     pairs: int = 5
     precision: str = "fp32"
@@ -56,29 +61,59 @@ class Settings:
             check(getattr(self, key) > 0, f"--{key}", f"must be positive, got {getattr(self, key)}")
 
     @property
+    def tasks(self) -> dict[str, Task]:
+        """What is compared, the first with the second."""
+        return PHASES[self.phase]
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of parameters and activations."""
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.precision]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Variant:
-    """One way to take a step. ``attention`` is eager or fused."""
+class Task:
+    """What a step is for: a kind of recipe with some keys, and whether the reference style has it."""
 
-    method: str
+    kind: type[Recipe]
+    keys: tuple[str, ...]
+    reference: bool
+
+
+PRETRAINING = {
+    "EVEREST": Task(kind=Recipe, keys=("model.method=everest",), reference=True),
+    "VideoMAE": Task(kind=Recipe, keys=("model.method=videomae",), reference=True),
+}
+_CLASSIFIER = f"model.classes={_CLASSES}"
+FINETUNING = {
+    "kept tokens": Task(kind=FinetuneRecipe, keys=(_CLASSIFIER, "model.keep_ratio=0.6"), reference=False),
+    "all tokens": Task(kind=FinetuneRecipe, keys=(_CLASSIFIER, "model.keep_ratio=1.0"), reference=False),
+}
+PHASES = {"pretrain": PRETRAINING, "finetune": FINETUNING}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to take a step: ``task`` of the phase, ``attention`` eager or fused."""
+
+    task: str
     style: str
     attention: str
 
     @property
     def name(self) -> str:
         """For tables."""
-        return f"{self.method}, {self.style}, {self.attention}"
+        return f"{self.task}, {self.style}, {self.attention}"
 
 
-def variants(compiled: bool) -> list[Variant]:
+def variants(tasks: Mapping[str, Task], *, compiled: bool) -> list[Variant]:
     """Return what is compared for one size."""
-    styles = [(OURS, "eager"), (OURS, "fused"), (REFERENCE, "eager")] + [(COMPILED, "fused")] * compiled
-    return [Variant(method=m, style=style, attention=attention) for m in METHODS for style, attention in styles]
+    found = []
+    for name, task in tasks.items():
+        styles = [(OURS, "eager"), (OURS, "fused")]
+        styles += [(REFERENCE, "eager")] * task.reference + [(COMPILED, "fused")] * compiled
+        found += [Variant(task=name, style=style, attention=attention) for style, attention in styles]
+    return found
 
 
 @dataclass(kw_only=True, eq=False)
@@ -86,7 +121,7 @@ class Runner:
     """A variant ready to run; ``rounds`` takes its seconds."""
 
     variant: Variant
-    model: MaskedAutoencoder
+    model: MaskedAutoencoder | VideoClassifier
     loss: Callable[[], Tensor]
     flops: int
     rounds: list[float] = field(default_factory=list)
@@ -146,7 +181,7 @@ def measure(settings: Settings, say: Callable[[str], None]) -> Result:
     """
     result = Result(settings=settings, rows=[], ratios=[], product_flops_per_s={}, profiles={})
     for size in settings.sizes:
-        runners = [prepare(variant, size, settings) for variant in variants(settings.compiled)]
+        runners = [prepare(variant, size, settings) for variant in variants(settings.tasks, compiled=settings.compiled)]
         shapes = largest_shapes(runners[0])
         for runner in runners:
             runner.run()
@@ -154,7 +189,7 @@ def measure(settings: Settings, say: Callable[[str], None]) -> Result:
         names = (f"{size}: round {i} of {settings.pairs}" for i in range(1, settings.pairs + 1))
         rates = [_round(runners, shapes, settings.dtype, say, name) for name in names]
         result.rows.extend(_row(size, runner, rates) for runner in runners)
-        result.ratios.extend(compare(size, runners))
+        result.ratios.extend(compare(size, runners, tuple(settings.tasks)))
         result.product_flops_per_s[size] = Spread.of(rates)
         if settings.profiled:
             result.profiles[size] = {runner.variant.name: milliseconds(runner.run) for runner in runners}
@@ -163,25 +198,29 @@ def measure(settings: Settings, say: Callable[[str], None]) -> Result:
 
 def prepare(variant: Variant, size: str, settings: Settings) -> Runner:
     """Build a variant's model on this rank's device, with random clips."""
-    keys = [f"model.size={size}", f"model.method={variant.method}", f"model.attention={variant.attention}"]
-    config = load_recipe(None, [*settings.overrides, *keys]).model
+    task = settings.tasks[variant.task]
+    keys = (*task.keys, f"model.size={size}", f"model.attention={variant.attention}")
+    config = load_as(task.kind, None, [*settings.overrides, *keys]).model
     torch.manual_seed(0)
     device = ranks.device()
-    model = MaskedAutoencoder(config, device_type=device.type).to(device)
+    model = build_network(config, device_type=device.type).to(device)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(settings.dtype)
-    data = random_batch(model, settings.batch, torch.Generator().manual_seed(0))
-    clips, noise = data.clips.to(device), data.noise.to(device)
-    flops = _STEP_FLOPS_PER_MAC * settings.batch * forward_macs(MaskedAutoencoder, config)
-    return Runner(variant=variant, model=model, loss=_loss(variant.style, model, clips, noise), flops=flops)
+    batch = random_batch(model, settings.batch, torch.Generator().manual_seed(0))
+    flops = _STEP_FLOPS_PER_MAC * settings.batch * forward_macs(build_network, config)
+    return Runner(variant=variant, model=model, loss=_loss(variant.style, model, batch), flops=flops)
 
 
-def _loss(style: str, model: MaskedAutoencoder, clips: Tensor, noise: Tensor) -> Callable[[], Tensor]:
+def _loss(style: str, model: MaskedAutoencoder | VideoClassifier, batch: Batch) -> Callable[[], Tensor]:
+    clips, noise, labels = (tensor.to(ranks.device()) for tensor in (batch.clips, batch.noise, batch.labels))
     if style == REFERENCE:
+        assert isinstance(model, MaskedAutoencoder)
         reference, floats = ReferenceStep(model), normalised(clips, model.mask_token.dtype)
         return lambda: reference(floats, noise)
     network = torch.compile(model) if style == COMPILED else model
-    return lambda: network(clips, noise).loss
+    if isinstance(model, MaskedAutoencoder):
+        return lambda: network(clips, noise).loss
+    return lambda: F.cross_entropy(network(clips).float(), labels)
 
 
 def _round(
@@ -260,11 +299,12 @@ def peak_bytes(runner: Runner) -> int:
     return allocator.allocated_bytes - int(before)
 
 
-def compare(size: str, runners: Sequence[Runner]) -> list[Ratio]:
-    """Method against method, and each method against its other ways, all by its faster attention."""
-    best = {method: _fastest(runners, method) for method in METHODS}
-    pairs = [(best["everest"], best["videomae"])]
-    pairs += [(best[runner.variant.method], runner) for runner in runners if runner not in best.values()]
+def compare(size: str, runners: Sequence[Runner], tasks: Sequence[str]) -> list[Ratio]:
+    """The first task against the second, and each task against its other ways, all by its faster attention."""
+    best = {task: _fastest(runners, task) for task in tasks}
+    first, second = best.values()
+    pairs = [(first, second)]
+    pairs += [(best[runner.variant.task], runner) for runner in runners if runner not in best.values()]
     return [
         Ratio(
             size=size,
@@ -276,6 +316,6 @@ def compare(size: str, runners: Sequence[Runner]) -> list[Ratio]:
     ]
 
 
-def _fastest(runners: Sequence[Runner], method: str) -> Runner:
-    ours = [r for r in runners if (r.variant.method, r.variant.style) == (method, OURS)]
+def _fastest(runners: Sequence[Runner], task: str) -> Runner:
+    ours = [runner for runner in runners if (runner.variant.task, runner.variant.style) == (task, OURS)]
     return min(ours, key=lambda runner: Spread.of(runner.rounds).median)

@@ -13,7 +13,7 @@ from everest_ds.models import create_model
 SMALL = ("model.image_size=48", "model.decoder_depth=1", "model.frames=8")
 
 
-@pytest.mark.parametrize("method", step.METHODS)
+@pytest.mark.parametrize("method", ["everest", "videomae"])
 def test_the_reference_style_gives_the_same_loss_and_gradients(method):
     torch.manual_seed(1)
     model = create_model("vit_micro", method=method, image_size=48, frames=8, decoder_depth=1, attention="eager")
@@ -36,21 +36,21 @@ def result() -> step.Result:
 
 
 def test_every_variant_is_measured_against_its_own_baseline(result):
-    assert {row.variant.method for row in result.rows} == set(step.METHODS)
-    assert len(result.rows) == len(step.variants(compiled=False)) == 6
+    assert [row.variant for row in result.rows] == step.variants(step.PRETRAINING, compiled=False)
+    assert len(result.rows) == 6
     for ratio in result.ratios[1:]:
         assert ratio.numerator.split(",")[0] == ratio.denominator.split(",")[0]
-    assert ", ".join(result.ratios[0].numerator.split(", ")[:2]) == "everest, ours"
-    assert result.ratios[0].denominator.startswith("videomae, ours")
+    assert result.ratios[0].numerator.startswith("EVEREST, ours")
+    assert result.ratios[0].denominator.startswith("VideoMAE, ours")
     assert sum(REFERENCE in ratio.denominator for ratio in result.ratios) == 2
 
 
 def test_the_peak_holds_gradients_and_the_reference_takes_more(result):
-    peaks = {(row.variant.method, row.variant.style, row.variant.attention): row.peak_bytes for row in result.rows}
+    peaks = {(row.variant.task, row.variant.style, row.variant.attention): row.peak_bytes for row in result.rows}
     gradients = sum(p.nbytes for p in create_model("vit_micro", image_size=48, decoder_depth=1).parameters())
-    for method in step.METHODS:
-        assert gradients < peaks[method, "ours", "fused"] <= peaks[method, "ours", "eager"]
-        assert peaks[method, "ours", "eager"] < peaks[method, REFERENCE, "eager"]
+    for task in step.PRETRAINING:
+        assert gradients < peaks[task, "ours", "fused"] <= peaks[task, "ours", "eager"]
+        assert peaks[task, "ours", "eager"] < peaks[task, REFERENCE, "eager"]
 
 
 def test_rates_are_arithmetic_over_time(result):
@@ -61,10 +61,10 @@ def test_rates_are_arithmetic_over_time(result):
 
 def test_ratios_are_taken_round_by_round():
     runners = [
-        Runner(variant=Variant(method=m, style="ours", attention="fused"), model=None, loss=None, flops=1, rounds=r)
-        for m, r in (("everest", [1.0, 2.0, 30.0]), ("videomae", [2.0, 4.0, 40.0]))
+        Runner(variant=Variant(task=task, style="ours", attention="fused"), model=None, loss=None, flops=1, rounds=r)
+        for task, r in (("EVEREST", [1.0, 2.0, 30.0]), ("VideoMAE", [2.0, 4.0, 40.0]))
     ]
-    (ratio,) = step.compare("vit_base", runners)
+    (ratio,) = step.compare("vit_base", runners, ("EVEREST", "VideoMAE"))
     assert (ratio.spread.median, ratio.spread.least, ratio.spread.most) == (0.5, 0.5, 0.75)
 
 
@@ -73,9 +73,19 @@ def test_the_report_lists_rows_ratios_and_where_time_goes(result):
     for row in result.rows:
         assert f"| vit_micro: {row.variant.name} | {row.seconds:.3f} |" in text
     assert "matrix products" in text
-    profile = result.profiles["vit_micro"]["everest, ours, eager"]
+    profile = result.profiles["vit_micro"]["EVEREST, ours, eager"]
     assert profile["matrix products"] > 0
     assert profile["attention"] > 0
+
+
+def test_fine_tuning_compares_kept_tokens_with_all():
+    settings = Settings(sizes=("vit_micro",), phase="finetune", batch=1, pairs=1, overrides=SMALL)
+    result = step.measure(settings, lambda line: None)
+    assert len(result.rows) == 4
+    assert result.ratios[0].numerator.startswith("kept tokens, ours")
+    assert result.ratios[0].denominator.startswith("all tokens, ours")
+    kept, every = (next(row for row in result.rows if row.variant.task == task) for task in step.FINETUNING)
+    assert kept.peak_bytes < every.peak_bytes
 
 
 def test_spreads():
