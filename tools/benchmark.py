@@ -15,6 +15,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure what the project claims.")
     benchmarks = parser.add_subparsers(dest="benchmark", required=True)
     add_step(benchmarks.add_parser("step", help="seconds, FLOP/s and memory of a step, against a reference style"))
+    add_data(benchmarks.add_parser("data", help="clips per second and core, for each way to store videos"))
     add_learning(
         benchmarks.add_parser("learning", help="pre-train and fine-tune on motion videos; a table of accuracy")
     )
@@ -35,6 +36,18 @@ def add_step(step: argparse.ArgumentParser) -> None:
     step.add_argument(
         "overrides", nargs="*", metavar="key=value", help="keys of the model, such as model.image_size=112"
     )
+
+
+def add_data(data: argparse.ArgumentParser) -> None:
+    """Declare the flags of ``data``."""
+    data.add_argument("--folder", type=Path, default=Path("outputs/data"), help="videos and their copies; kept")
+    data.add_argument("--manifest", type=Path, help="videos to take as originals (default: footage made here)")
+    data.add_argument("--videos", type=int, default=6, help="videos to make (default 6)")
+    data.add_argument(
+        "--views", type=int, default=4, help="clips of one opened file, where several are read (default 4)"
+    )
+    data.add_argument("--pairs", type=int, default=5, help="rounds, each with every form once (default 5)")
+    data.add_argument("--decoder", choices=("decord", "torchcodec"), default="decord", help="default decord")
 
 
 def add_learning(learning: argparse.ArgumentParser) -> None:
@@ -69,6 +82,16 @@ def run_step(arguments: argparse.Namespace, command: str) -> tuple[list[str], di
     return step_report.report(result, command=command), result.as_json()
 
 
+def run_data(arguments: argparse.Namespace, command: str) -> tuple[list[str], dict[str, object]]:
+    """Run the data benchmark."""
+    from everest_ds.benchmarks import data, data_report  # noqa: PLC0415 - torch takes seconds to load
+
+    asked = ("manifest", "videos", "views", "pairs", "decoder")
+    settings = data.Settings(folder=arguments.folder.resolve(), **{key: getattr(arguments, key) for key in asked})
+    result = data.measure(settings, say)
+    return data_report.report(result, command=command), result.as_json()
+
+
 def run_learning(arguments: argparse.Namespace, command: str) -> tuple[list[str], dict[str, object]]:
     """Run the learning benchmark."""
     from everest_ds.benchmarks import learning, learning_report  # noqa: PLC0415 - torch takes seconds to load
@@ -89,6 +112,9 @@ def run_learning(arguments: argparse.Namespace, command: str) -> tuple[list[str]
     return learning_report.report(cells, settings, command=command), learning_report.as_json(cells, settings)
 
 
+RUNS = {"learning": run_learning, "step": run_step, "data": run_data}
+
+
 def say(line: str) -> None:
     """Tell how far it has got."""
     print(line, file=sys.stderr, flush=True)
@@ -100,7 +126,7 @@ def main() -> int:
     set_up_logging()
     command = "python " + shlex.join(sys.argv)
     with one_line_errors("benchmark"):
-        lines, numbers = {"learning": run_learning, "step": run_step}[arguments.benchmark](arguments, command)
+        lines, numbers = RUNS[arguments.benchmark](arguments, command)
         from everest_ds.benchmarks import tables  # noqa: PLC0415 - as above
 
         if arguments.write is not None:

@@ -244,6 +244,9 @@ class TrainConfig:
     save_every_steps: int = setting(0, "steps between checkpoints; 0: at the end only")
     log_every_steps: int = setting(10, "steps between lines of metrics.jsonl")
     seed: int = setting(0, "seed of weights, samples, crops and masks")
+    compile: bool = setting(
+        False, "torch.compile through DeepSpeed: faster steps after minutes of compiling; memprof plans without it"
+    )
     resume: str = setting("off", "off, auto (the latest checkpoint in output_dir, if any), or a run directory")
     max_bad_steps: int = setting(10, "steps in a row with a non-finite loss after which the run stops")
     max_minutes: float = setting(0.0, "minutes after which the run saves and exits with code 75; 0: no limit")

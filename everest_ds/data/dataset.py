@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -34,13 +35,23 @@ class Failure(NamedTuple):
     reason: str
 
 
+class ReadingTime(NamedTuple):
+    """Seconds that a worker spent on clips: opening and decoding the file; cropping, flipping, augmenting."""
+
+    decode: float = 0.0
+    transform: float = 0.0
+
+
+NO_TIME = ReadingTime()
+
+
 @dataclass(frozen=True)
 class Sample:
     """The views of one video.
 
     ``clips`` uint8 (V, 3, T, S, S); ``noise`` float32 (V, N), uniform in [0, 1); ``label`` of the video or -1;
     ``index`` of the video that was read, or -1 if none could be (the clips are black then); ``bad`` the videos that
-    failed on the way.
+    failed on the way; ``seconds`` what reading took.
     """
 
     clips: torch.Tensor
@@ -48,6 +59,7 @@ class Sample:
     label: int
     index: int
     bad: list[Failure]
+    seconds: ReadingTime = NO_TIME
 
 
 class ClipDataset(Dataset[Sample]):
@@ -165,11 +177,11 @@ class ClipDataset(Dataset[Sample]):
         for video in self._candidates(epoch, index):
             self._mark(video)
             try:
-                clips = self._clips(epoch, index, video)
+                clips, seconds = self._clips(epoch, index, video)
             except DecodeError as error:
                 bad.append(Failure(error.path, error.reason))
             else:
-                return Sample(clips, noise, int(self._labels[video]), video, bad)
+                return Sample(clips, noise, int(self._labels[video]), video, bad, seconds)
         # Said in the sample, not raised: the loader would wrap an exception in a worker's trace.
         black = torch.zeros((self.views, 3, self._frames, self._size, self._size), dtype=torch.uint8)
         return Sample(black, noise, NO_LABEL, LOST, bad)
@@ -193,15 +205,22 @@ class ClipDataset(Dataset[Sample]):
     def _substitute(self, epoch: int, index: int, attempt: int) -> int:
         return int(generator(Stream.SUBSTITUTE, self._seed, epoch, index, attempt).integers(len(self)))
 
-    def _clips(self, epoch: int, index: int, video: int) -> torch.Tensor:
-        """Return the views uint8 (V, 3, T, S, S) of ``video``, drawn as those of sample ``index``."""
-        return self._drawn(epoch, index, video) if self._augment else self._spread(video)
+    def _clips(self, epoch: int, index: int, video: int) -> tuple[torch.Tensor, ReadingTime]:
+        """Return the views uint8 (V, 3, T, S, S) of ``video``, drawn as those of sample ``index``, and the time."""
+        read = self._drawn(epoch, index) if self._augment else self._spread()
+        start = time.perf_counter()
+        frames = self._decode(video, read.choose)
+        decoded = time.perf_counter()
+        clips = read.cut(frames)
+        return clips, ReadingTime(decode=decoded - start, transform=time.perf_counter() - decoded)
 
-    def _drawn(self, epoch: int, index: int, video: int) -> torch.Tensor:
+    def _drawn(self, epoch: int, index: int) -> _Views:
         keys = [(self._seed, epoch, index, view) for view in range(self.views)]
         rngs = [generator(Stream.VIEW, *key) for key in keys]
-        clips = self._decode(video, lambda length: [self._sampling.draw(length, rng) for rng in rngs])
-        return torch.stack([self._augmented(*view) for view in zip(clips, rngs, keys, strict=True)])
+        return _Views(
+            choose=lambda length: [self._sampling.draw(length, rng) for rng in rngs],
+            cut=lambda clips: torch.stack([self._augmented(*view) for view in zip(clips, rngs, keys, strict=True)]),
+        )
 
     def _augmented(
         self, frames: NDArray[np.uint8], rng: np.random.Generator, key: tuple[int, int, int, int]
@@ -210,18 +229,31 @@ class ClipDataset(Dataset[Sample]):
         clip = cut(frames, self._draw_crop(height, width, rng=rng), self._size)
         return clip if self._transform is None else self._transform(clip, generator(Stream.AUGMENT, *key))
 
-    def _spread(self, video: int) -> torch.Tensor:
+    def _spread(self) -> _Views:
         views = self.data.clips_per_video
-        clips = self._decode(video, lambda length: [self._sampling.spread(length, v, views) for v in range(views)])
-        height, width = clips[0].shape[1:3]
-        crops = square_crops(height, width, self._crops)
-        return torch.stack([cut(clip, crop, self._size) for clip in clips for crop in crops])
+
+        def cut_squares(clips: list[NDArray[np.uint8]]) -> torch.Tensor:
+            height, width = clips[0].shape[1:3]
+            crops = square_crops(height, width, self._crops)
+            return torch.stack([cut(clip, crop, self._size) for clip in clips for crop in crops])
+
+        return _Views(
+            choose=lambda length: [self._sampling.spread(length, view, views) for view in range(views)],
+            cut=cut_squares,
+        )
 
     def _decode(self, video: int, choose: Callable[[int], list[NDArray[np.int64]]]) -> list[NDArray[np.uint8]]:
         """Return the frames (T, H, W, 3) of each of the clips that ``choose`` picks knowing the number of frames."""
         path, decoder = self.path(video), self.data.decoder
         frames = decode(path, lambda length: np.concatenate(choose(length)), decoder)
         return np.split(frames, self.data.clips_per_video)
+
+
+class _Views(NamedTuple):
+    """How the views of a video come about: which frames each takes, knowing their number, and what is cut from them."""
+
+    choose: Callable[[int], list[NDArray[np.int64]]]
+    cut: Callable[[list[NDArray[np.uint8]]], torch.Tensor]
 
 
 class _PackedText:

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from everest_ds.config.errors import RankError, UserError
-from everest_ds.data.dataset import LOST, ClipDataset, Failure, Sample
+from everest_ds.data.dataset import LOST, NO_TIME, ClipDataset, Failure, ReadingTime, Sample
 from everest_ds.data.randomness import Stream, generator
 
 # Below this many tried videos a share says little: one bad file among the first three is no tenth of anything.
@@ -30,7 +30,7 @@ class Batch(NamedTuple):
 
     ``clips`` uint8 (B, 3, T, H, W); ``noise`` float32 (B, N), in evaluation N is 0; ``labels`` int64 (B,), -1: none;
     ``index`` int64 (B,) of the videos, -1: lost; ``bad`` the videos that failed on the way; ``lost`` the samples for
-    which no video could be read.
+    which no video could be read; ``seconds`` of workers, over all clips.
     """
 
     clips: torch.Tensor
@@ -39,6 +39,7 @@ class Batch(NamedTuple):
     index: torch.Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody misses on a batch
     bad: list[Failure]
     lost: int
+    seconds: ReadingTime = NO_TIME
 
 
 class StepSampler(Sampler[list[Key]]):
@@ -142,6 +143,7 @@ def collate(samples: list[Sample]) -> Batch:
         index=torch.tensor([sample.index for sample in samples]).repeat_interleave(repeats),
         bad=[failure for sample in samples for failure in sample.bad],
         lost=sum(sample.index == LOST for sample in samples),
+        seconds=ReadingTime(*map(sum, zip(*(sample.seconds for sample in samples), strict=True))),
     )
 
 

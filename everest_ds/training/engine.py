@@ -12,13 +12,13 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from everest_ds.config.batches import GLOBAL, Batches
-from everest_ds.config.ds_config import Facts, resolve_ds_config
+from everest_ds.config.ds_config import Facts, resolve_ds_config, zero_stage
 from everest_ds.config.errors import UserError
 from everest_ds.config.schema import Recipe
 from everest_ds.models import MaskedAutoencoder, VideoClassifier, build_network
 from everest_ds.models.parameter_groups import parameter_groups
 from everest_ds.training import ranks
-from everest_ds.training.optim import build_optimizer
+from everest_ds.training.optim import build_optimizer, missing_compiler
 
 log = logging.getLogger(__name__)
 
@@ -75,9 +75,20 @@ def resolve(raw: dict[str, Any], recipe: Recipe, model: nn.Module) -> tuple[dict
     Raises:
         UserError: recipe, JSON and machine don't go together.
     """
+    _check_compile(recipe, zero_stage(raw))
     ds, batches = resolve_ds_config(raw, recipe, describe(model, recipe.model.row.width, ranks.world_size()))
     check_ds_config(ds)
     return ds, batches
+
+
+def _check_compile(recipe: Recipe, stage: int) -> None:
+    if not recipe.train.compile:
+        return
+    missing = missing_compiler()
+    if missing:
+        raise UserError(f"train.compile: {missing}")
+    if stage == 3:
+        raise UserError("train.compile: under ZeRO-3 every step would be compiled anew, for minutes; use stage 2")
 
 
 def initialise(model: nn.Module, recipe: Recipe, ds_config: dict[str, Any]) -> Built:
@@ -100,6 +111,8 @@ def initialise(model: nn.Module, recipe: Recipe, ds_config: dict[str, Any]) -> B
         raise UserError(f"ds_config optimizer: DeepSpeed can't build {ds['optimizer']} ({error})") from error
     if not engine.zero_optimization():
         _undo_empty_step(engine.optimizer)
+    if recipe.train.compile:
+        engine.compile()
     return Built(engine=engine, optimizer=line)
 
 

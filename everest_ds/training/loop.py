@@ -117,6 +117,7 @@ def optimizer_step(run: Training, window: Window) -> Tensor:
     for _ in range(run.batches.accumulation):
         with window.waiting_for_data():
             batch = next(run.loader)
+        window.read(batch)
         run.bad_samples.add(batch)
         loss = run.objective(engine, batch)
         engine.backward(loss)
@@ -160,6 +161,8 @@ def close_window(run: Training, window: Window) -> tuple[dict[str, Any], int]:
         "grad_norm": norm,
         "clips_per_s": run.batches.total / sums.step_s,
         "data_wait_share": sums.data_wait_share,
+        "decode_s": sums.decode_s,
+        "transform_s": sums.transform_s,
         "step_s": sums.step_s,
         "peak_memory_bytes": peak_bytes(engine.device),
         "bad_samples": bad,

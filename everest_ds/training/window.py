@@ -12,14 +12,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from everest_ds.data.dataset import NO_TIME, ReadingTime
+from everest_ds.data.loader import Batch
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sums:
-    """A closed window, over all ranks: mean loss, seconds per step, share of it spent waiting for data."""
+    """A closed window, over all ranks: mean loss, seconds per step, share of it spent waiting for data.
+
+    ``decode_s`` and ``transform_s``: seconds of a data worker per clip.
+    """
 
     loss: float
     step_s: float
     data_wait_share: float
+    decode_s: float
+    transform_s: float
     bad_in_a_row: int
     extra: list[float]
 
@@ -36,6 +44,7 @@ class Window:
         self._loss = torch.zeros((), device=self._device)
         self._steps = 0
         self._waited_s = 0.0
+        self._clips, self._seconds = 0, NO_TIME
         self._opened = time.perf_counter()
 
     @contextlib.contextmanager
@@ -44,6 +53,11 @@ class Window:
         start = time.perf_counter()
         yield
         self._waited_s += time.perf_counter() - start
+
+    def read(self, batch: Batch) -> None:
+        """Count what reading a batch took its workers."""
+        self._clips += len(batch.index)
+        self._seconds = ReadingTime(*(total + more for total, more in zip(self._seconds, batch.seconds, strict=True)))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -70,11 +84,21 @@ class Window:
         """Read the window, summed over ranks along with ``extra``, and open the next one; a collective call."""
         loss = (self._loss / self._steps).item()
         elapsed_s = time.perf_counter() - self._opened
-        numbers = [loss, elapsed_s / self._steps, self._waited_s / elapsed_s, self._bad_in_a_row.item(), *extra]
+        per_clip = [seconds / self._clips if self._clips else 0.0 for seconds in self._seconds]
+        means = [loss, elapsed_s / self._steps, self._waited_s / elapsed_s, *per_clip, self._bad_in_a_row.item()]
+        numbers = [*means, *extra]
         totals = torch.tensor(numbers, dtype=torch.float64, device=self._device)
         if dist.is_initialized():
             dist.all_reduce(totals)
-            totals[:4] /= dist.get_world_size()
-        mean_loss, step_s, waited, bad, *rest = totals.tolist()
+            totals[: len(means)] /= dist.get_world_size()
+        mean_loss, step_s, waited, decode_s, transform_s, bad, *rest = totals.tolist()
         self._open()
-        return Sums(loss=mean_loss, step_s=step_s, data_wait_share=waited, bad_in_a_row=round(bad), extra=rest)
+        return Sums(
+            loss=mean_loss,
+            step_s=step_s,
+            data_wait_share=waited,
+            decode_s=decode_s,
+            transform_s=transform_s,
+            bad_in_a_row=round(bad),
+            extra=rest,
+        )

@@ -53,12 +53,15 @@ CHECKPOINTED = [
 ]
 
 
+COMPILED = Case("everest-zero2-compiled", "zero2", ("model.method=everest", "train.compile=true"))
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, motion_videos: Path) -> Path:
     """All runs, in two launches: 2 ranks through the launcher, then 1 rank without one."""
     folder = tmp_path_factory.mktemp("runs")
     spec = folder / "two_ranks.json"
-    spec.write_text(json.dumps([case.spec(folder, motion_videos) for case in (*TWO_RANKS, *CHECKPOINTED)]))
+    spec.write_text(json.dumps([case.spec(folder, motion_videos) for case in (*TWO_RANKS, *CHECKPOINTED, COMPILED)]))
     done = deepspeed(2, ROOT / "tests/e2e/many_runs.py", spec)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -94,6 +97,10 @@ def test_activation_checkpointing_changes_nothing(runs, case):
     assert deviation(losses(runs / case.name), losses(runs / f"{method}-{ds}")) < TOLERANCE
 
 
+def test_compiling_changes_nothing(runs):
+    assert deviation(losses(runs / COMPILED.name), losses(runs / "everest-zero2")) < TOLERANCE
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_one_rank_with_two_passes_is_two_ranks_with_one(runs, method):
     assert deviation(losses(runs / f"{method}-1x2"), losses(runs / f"{method}-zero2")) < TOLERANCE
@@ -111,5 +118,7 @@ def test_runs_write_what_scripts_rely_on(runs):
     ):
         assert (folder / name).is_file(), name
     record = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    fields = "step epoch loss lr grad_norm clips_per_s data_wait_share step_s peak_memory_bytes".split()
+    fields = (
+        "step epoch loss lr grad_norm clips_per_s data_wait_share decode_s transform_s step_s peak_memory_bytes".split()
+    )
     assert [field for field in fields if not isinstance(record.get(field), int | float)] == []

@@ -16,6 +16,7 @@ from tools.memprof import common
 from tools.memprof.launch import launch
 
 if TYPE_CHECKING:
+    from everest_ds.memory.feed import Feed
     from everest_ds.memory.plan import Plan
 
 _GIGA = 1e9
@@ -26,6 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_run_arguments(parser)
     parser.add_argument("--ranks", type=int, default=1, help="processes on this machine")
     parser.add_argument("--steps", type=int, default=5, help="timed steps")
+    parser.add_argument(
+        "--feed", action="store_true", help="time reading the videos of data.train: how many cores feed --gpus"
+    )
+    parser.add_argument("--gpus", default="8xA100-80", help="with --feed: how many of which (default 8xA100-80)")
+    parser.add_argument(
+        "--utilisation", type=float, default=0.4, help="with --feed: share of their peak that training reaches (0.4)"
+    )
     parser.add_argument("--matrix", type=Path, metavar="FILE", help="run the accuracy matrix; write it as Markdown")
 
 
@@ -42,14 +50,30 @@ def run(arguments: argparse.Namespace) -> int:
     # torch takes seconds to import: after the checks that don't need it.
     from everest_ds.memory.plan import device_type_here, plan  # noqa: PLC0415
 
+    fed = _feed(arguments, recipe) if arguments.feed else None
     planned = plan(recipe, ds_config, ranks=arguments.ranks, device_type=device_type_here())
     per_rank = launch([job(recipe, ds_config, steps=arguments.steps, name=planned.name)], ranks=arguments.ranks)[0]
     result = compare(planned, per_rank)
     if arguments.json:
-        common.print_json(result)
+        common.print_json(result | ({} if fed is None else {"feed": fed.as_json()}))
     else:
         common.show(comparison_table(result))
+        if fed is not None:
+            print(fed)
     return 0
+
+
+def _feed(arguments: argparse.Namespace, recipe: Recipe) -> Feed:
+    """Read some of the training videos, in an order that a run could have.
+
+    Raises:
+        UserError: no manifest, nothing readable in it, or no such GPU.
+    """
+    from everest_ds.data.rate import training_rate  # noqa: PLC0415 - torch, as above
+    from everest_ds.memory.feed import feed, parse_gpus  # noqa: PLC0415
+
+    gpus, gpu = parse_gpus(arguments.gpus)
+    return feed(recipe, training_rate(recipe), gpus=gpus, gpu=gpu, utilisation=arguments.utilisation)
 
 
 def job(recipe: Recipe, ds_config: dict[str, Any], *, steps: int, name: str) -> dict[str, Any]:
