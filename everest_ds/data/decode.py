@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from everest_ds.config.errors import UserError
 
+NOT_A_VIDEO = "not a video, or cut off"
 _LONGEST_REASON = 200
 
 
@@ -63,7 +64,7 @@ def decode(path: str, choose: Callable[[int], ArrayLike], decoder: str = "decord
         UserError: the library is not installed (call :func:`require_decoder` early to hear it once).
     """
     open_reader, errors = DECODERS[decoder]()
-    _check_file(path)
+    check_file(path)
     with _reported(path, errors):
         reader = open_reader(path)
         length = len(reader)
@@ -106,13 +107,15 @@ def _reported(path: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
     except errors as error:
         reason = one_line(error)
         # All that decord says of a file that it can't open.
-        raise DecodeError(
-            path, "not a video, or cut off" if reason == f"Error reading {path}..." else reason
-        ) from error
+        raise DecodeError(path, NOT_A_VIDEO if reason == f"Error reading {path}..." else reason) from error
 
 
-def _check_file(path: str) -> None:
-    """Name the plain cases, which the libraries lump together as "Error reading"."""
+def check_file(path: str) -> None:
+    """Name the plain cases, which the libraries lump together as "Error reading", or wait for, as for a pipe.
+
+    Raises:
+        DecodeError: there is no such file, or nothing in it.
+    """
     try:
         status = Path(path).stat()
     except (OSError, ValueError) as error:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +29,8 @@ _SUFFIX = r"\.(?:mp4|m4v|mov|avi|mkv|webm|mpe?g|mts|ts|wmv|flv|ogv|3gp)"
 _VIDEO = re.compile(rf"{_SUFFIX}$", re.IGNORECASE)
 _VIDEO_AND_MORE = re.compile(rf".*{_SUFFIX}(?:\s*,\s*|\s+)(.*)$", re.IGNORECASE)
 _INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
+_NEEDS_QUOTES = re.compile(r"[^\w./+=@%:-]")
+_BREAKS_LINE = re.compile(r"[\r\n\0]")
 _HEADER_PATHS = {"path", "video", "video_path", "file", "filename"}
 _HEADER_LABELS = {"label", "class", "target"}
 
@@ -79,6 +81,29 @@ def read_manifest(path: str | Path, root: str | Path | None = None, *, key: str 
     # Text, not pathlib: a manifest may have millions of lines.
     prefix = "" if str(base) == "." else str(base).rstrip("/") + "/"
     return [Entry(name if name.startswith("/") else prefix + name, label) for name, label in names]
+
+
+def format_manifest(entries: Sequence[Entry]) -> str:
+    """Return the text of a manifest that reads as these videos: all with a label, or none."""
+    labelled = [f"{_quoted(entry.path)},{entry.label}\n" for entry in entries if entry.label is not None]
+    if labelled:
+        return "path,label\n" + "".join(labelled)
+    return "path\n" + "".join(f"{_quoted(entry.path)}\n" for entry in entries)
+
+
+def _quoted(path: str) -> str:
+    return '"' + path.replace('"', '""') + '"' if _NEEDS_QUOTES.search(path) else path
+
+
+def can_list(path: str) -> bool:
+    """Say whether a manifest can name a path: text of one line, without blanks at its ends."""
+    encodable = path.encode("utf-8", "ignore").decode("utf-8") == path
+    return encodable and path == path.strip() and not _BREAKS_LINE.search(path)
+
+
+def is_video(name: str) -> bool:
+    """Say whether a file has the name of a video."""
+    return _VIDEO.search(name) is not None
 
 
 def count_classes(entries: Iterable[Entry]) -> int:
