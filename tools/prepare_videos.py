@@ -1,4 +1,4 @@
-"""Prepare a set of videos: ``python tools/prepare_videos.py scan|rewrite SOURCE --out DIR``."""
+"""Prepare a set of videos: ``python tools/prepare_videos.py scan|rewrite|shards SOURCE --out DIR``."""
 
 import argparse
 import os
@@ -8,8 +8,10 @@ from typing import Any
 
 from everest_ds.config.errors import UserError, one_line_errors
 from everest_ds.config.logs import set_up_logging
+from everest_ds.data.manifest import format_manifest
 from everest_ds.data.prepare.rewrite import MANIFEST, Encoding, rewrite
 from everest_ds.data.prepare.scan import BAD, GOOD, Limits, scan
+from everest_ds.data.prepare.shards import index, write_shards
 from everest_ds.data.prepare.sources import read_source
 
 _INTERRUPTED = 130
@@ -27,10 +29,16 @@ def parse_arguments() -> argparse.Namespace:
     copy.add_argument("--short-side", type=int, default=256, help="pixels at most (default 256); nothing is enlarged")
     copy.add_argument("--gop", type=int, default=12, help="frames between key frames at most (default 12)")
     copy.add_argument("--crf", type=int, default=18, help="libx264's quality, 0 (lossless) to 51 (default 18)")
-    for command in (look, copy):
+    pack = commands.add_parser("shards", help="pack videos into WebDataset shards, with a manifest of them")
+    pack.add_argument("--shard-mib", type=int, default=1024, help="size of a shard, MiB (default 1024)")
+    found = commands.add_parser("index", help="write a manifest of WebDataset shards that are there already")
+    found.add_argument("shards", nargs="+", metavar="SHARD", help="paths or URLs of tar files")
+    found.add_argument("--out", type=Path, required=True, metavar="FILE.csv", help="the manifest")
+    for command in (look, copy, pack):
         command.add_argument("source", type=Path, metavar="SOURCE", help="a manifest, or a folder of videos")
-        command.add_argument("--root", type=Path, help="folder that a manifest's relative paths start from")
+        command.add_argument("--root", help="folder that a manifest's relative paths start from")
         command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new, or that of an earlier call")
+    for command in (look, copy):
         command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: the cores)")
         command.add_argument("--limit-s", type=float, default=300, help="seconds that one file may take (default 300)")
     return parser.parse_args()
@@ -39,7 +47,8 @@ def parse_arguments() -> argparse.Namespace:
 def limits_of(arguments: argparse.Namespace) -> Limits:
     """Return the number of processes and the time limit, checked."""
     for flag, value in (("--workers", arguments.workers), ("--limit-s", arguments.limit_s)):
-        if value <= 0:
+        # Nor a number that is none.
+        if not value > 0:
             raise UserError(f"{flag}: must be positive, got {value:g}")
     return Limits(workers=arguments.workers, limit_s=arguments.limit_s)
 
@@ -66,6 +75,30 @@ def run_rewrite(arguments: argparse.Namespace) -> None:
     print(f"lists: {arguments.out / MANIFEST}, {arguments.out / BAD}")
 
 
+def run_shards(arguments: argparse.Namespace) -> None:
+    """Pack, and print how much."""
+    if arguments.shard_mib < 1:
+        raise UserError(f"--shard-mib: must be positive, got {arguments.shard_mib}")
+    source = read_source(arguments.source, arguments.root)
+    counts = write_shards(source, arguments.out, shard_bytes=arguments.shard_mib * 2**20)
+    print(f"{counts['videos']} videos in {counts['shards']} shards: {arguments.out / MANIFEST}")
+
+
+def run_index(arguments: argparse.Namespace) -> None:
+    """Write a manifest of shards."""
+    if arguments.out.exists():
+        raise UserError(f"--out: {arguments.out} is there already; name another file")
+    entries = index(arguments.shards, below=arguments.out.absolute().parent)
+    try:
+        arguments.out.write_text(format_manifest(entries), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out: cannot write {arguments.out}: {error.strerror}") from error
+    print(f"{len(entries)} videos in {len(arguments.shards)} shards: {arguments.out}")
+
+
+COMMANDS = {"scan": run_scan, "rewrite": run_rewrite, "shards": run_shards, "index": run_index}
+
+
 def listed(counts: dict[str, Any], most: int = 5) -> str:
     """Return counts as text, the first ones by name."""
     shown = [f"{name} ({count})" for name, count in list(counts.items())[:most]]
@@ -78,7 +111,7 @@ def main() -> int:
     set_up_logging()
     with one_line_errors("prepare_videos"):
         try:
-            {"scan": run_scan, "rewrite": run_rewrite}[arguments.command](arguments)
+            COMMANDS[arguments.command](arguments)
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from here", file=sys.stderr)
             return _INTERRUPTED

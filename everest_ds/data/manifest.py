@@ -6,6 +6,7 @@ Accepted lines, all in one style per file::
     path,label          the same with a comma; a path in double quotes follows the rules of CSV
     path                no label; the path may contain spaces
 
+A path may also be a URL, or name a member of a tar file (:mod:`everest_ds.data.members`).
 Blank lines, lines that start with ``#``, a byte-order mark and a header such as ``path,label`` are skipped.
 Whether a file has labels is decided by the whole file. ``holiday 2`` reads both ways: it is a path where some other
 line has no label, a path and a label otherwise (folders of frames are listed so). ``holiday.mp4 2`` always has a label.
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from everest_ds.config.errors import UserError
+from everest_ds.data.members import is_url
 
 LARGEST_LABEL = 2**31 - 1
 _MOST_DIGITS = 12
@@ -29,7 +31,7 @@ _SUFFIX = r"\.(?:mp4|m4v|mov|avi|mkv|webm|mpe?g|mts|ts|wmv|flv|ogv|3gp)"
 _VIDEO = re.compile(rf"{_SUFFIX}$", re.IGNORECASE)
 _VIDEO_AND_MORE = re.compile(rf".*{_SUFFIX}(?:\s*,\s*|\s+)(.*)$", re.IGNORECASE)
 _INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
-_NEEDS_QUOTES = re.compile(r"[^\w./+=@%:-]")
+_NEEDS_QUOTES = re.compile(r"^#|[^\w./+=@%:#-]")
 _BREAKS_LINE = re.compile(r"[\r\n\0]")
 _HEADER_PATHS = {"path", "video", "video_path", "file", "filename"}
 _HEADER_LABELS = {"label", "class", "target"}
@@ -72,15 +74,15 @@ def read_manifest(path: str | Path, root: str | Path | None = None, *, key: str 
         UserError: the manifest can't be read, lists nothing, or a line makes no sense; names file and line.
     """
     manifest = Path(path).expanduser()
-    base = manifest.parent if root is None else Path(root).expanduser()
+    base = str(manifest.parent if root is None else root if is_url(str(root)) else Path(root).expanduser())
     lines = _parse(_read_text(manifest, key), f"{key}: {manifest}")
     if not lines:
         raise UserError(f"{key}: {manifest} lists no video; write one per line: path, 'path label' or 'path,label'")
     labelled = _has_labels(lines, f"{key}: {manifest}")
     names = ((line.path, line.label) if labelled else (line.text, None) for line in lines)
     # Text, not pathlib: a manifest may have millions of lines.
-    prefix = "" if str(base) == "." else str(base).rstrip("/") + "/"
-    return [Entry(name if name.startswith("/") else prefix + name, label) for name, label in names]
+    prefix = "" if base == "." else base.rstrip("/") + "/"
+    return [Entry(name if name.startswith("/") or is_url(name) else prefix + name, label) for name, label in names]
 
 
 def format_manifest(entries: Sequence[Entry]) -> str:

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from everest_ds.config.errors import UserError
+from everest_ds.data.members import Member
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -43,15 +44,15 @@ class WorkFolder:
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self._path, self._settings = path, settings
+        self.path, self._settings = path, settings
 
     def __enter__(self) -> Self:
         try:
             self._lock = self._claim()
-            self._log = (self._path / FILES).open("a+", encoding="utf-8")
+            self._log = (self.path / FILES).open("a+", encoding="utf-8")
             self._known = self._read()
         except OSError as error:
-            raise UserError(f"--out: cannot write to {self._path}: {error.strerror}") from error
+            raise UserError(f"--out: cannot write to {self.path}: {error.strerror}") from error
         return self
 
     def __exit__(
@@ -78,11 +79,11 @@ class WorkFolder:
         """Leave exactly these records, in this order."""
         with self._unfinished(FILES).open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
-        self._unfinished(FILES).replace(self._path / FILES)
+        self._unfinished(FILES).replace(self.path / FILES)
 
     def write(self, name: str, text: str) -> Path:
         """Write a list; another one of that name stays, as ``name.1.csv`` and so on. Return where it is."""
-        path = self._path / name
+        path = self.path / name
         if path.exists():
             if path.read_bytes() == text.encode("utf-8", "backslashreplace"):
                 return path
@@ -96,23 +97,23 @@ class WorkFolder:
         return next(name for name in names if not name.exists())
 
     def _unfinished(self, name: str) -> Path:
-        return self._path / f"{name}.unfinished"
+        return self.path / f"{name}.unfinished"
 
     def _claim(self) -> TextIO:
         """Return the settings' file, locked: that of a new folder is written, that of an old one compared."""
-        record = self._path / SETTINGS
+        record = self.path / SETTINGS
         if record.exists():
             self._compare(record)
-        elif self._path.exists() and (not self._path.is_dir() or any(self._path.iterdir())):
-            raise UserError(f"--out: {self._path} is there already and holds something else; name another folder")
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UserError(f"--out: {self.path} is there already and holds something else; name another folder")
         else:
-            self._path.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             record.write_text(json.dumps(self._settings, indent=1) + "\n", encoding="utf-8")
         lock = record.open("a")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"--out: another process is writing to {self._path}; wait for it") from None
+            raise UserError(f"--out: another process is writing to {self.path}; wait for it") from None
         except OSError:
             # A file system without locks: there nobody is warned.
             pass
@@ -126,7 +127,7 @@ class WorkFolder:
         wanted = self._settings
         changed = [f"{key} {found.get(key)} not {wanted[key]}" for key in wanted if found.get(key) != wanted[key]]
         if changed:
-            raise UserError(f"--out: {self._path} is of other settings ({', '.join(changed)}); name another folder")
+            raise UserError(f"--out: {self.path} is of other settings ({', '.join(changed)}); name another folder")
 
     def _read(self) -> dict[str, Record]:
         """Return the records by path, the last one of each."""
@@ -154,9 +155,10 @@ def _stamp(status: tuple[int, int] | None) -> Record:
 
 
 def status_of(path: str) -> tuple[int, int] | None:
-    """Return size in bytes and time of last change in nanoseconds; None: there is no such file."""
+    """Return size in bytes and time of last change in nanoseconds; None: there is no such file, or it is far away."""
+    member = Member.named(path)
     try:
-        status = os.stat(path)  # noqa: PTH116 - of text; there may be millions
+        status = os.stat(path if member is None else member.shard)  # noqa: PTH116 - of text; there may be millions
     except (OSError, ValueError):
         return None
-    return status.st_size, status.st_mtime_ns
+    return status.st_size if member is None else member.size, status.st_mtime_ns

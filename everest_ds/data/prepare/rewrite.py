@@ -25,6 +25,7 @@ from everest_ds.config.errors import UserError
 from everest_ds.config.progress import CountLine
 from everest_ds.data.decode import DecodeError, one_line
 from everest_ds.data.manifest import Entry, can_list, format_manifest
+from everest_ds.data.members import Member, is_url
 from everest_ds.data.prepare import jobs
 from everest_ds.data.prepare.folder import Record, WorkFolder, status_of
 from everest_ds.data.prepare.scan import BAD, UNLISTABLE, Limits, format_bad
@@ -111,7 +112,7 @@ def rewrite(source: Source, out: Path, limits: Limits, encoding: Encoding) -> di
         folder.finish(records.values())
         copied = [entry for entry in source.entries if records[entry.path]["reason"] is None]
         # Relative paths: the copies can be moved with their manifest.
-        names = [os.path.relpath(records[entry.path]["target"], out) for entry in copied]
+        names = [records[entry.path]["target"] for entry in copied]
         folder.write(MANIFEST, format_manifest([Entry(n, e.label) for n, e in zip(names, copied, strict=True)]))
         folder.write(BAD, format_bad(records.values()))
     bad = sum(record["reason"] is not None for record in records.values())
@@ -120,11 +121,11 @@ def rewrite(source: Source, out: Path, limits: Limits, encoding: Encoding) -> di
 
 def _jobs(source: Source, out: Path) -> dict[str, Job]:
     """Return by path what is to be done, in the source's order."""
-    paths = source.paths
+    paths = {path: _unpacked(path) for path in source.paths}
     base = source.base
-    if not all(path.startswith(f"{base}/") for path in paths):
-        base = os.path.commonpath([os.path.dirname(path) for path in paths])  # noqa: PTH120 - of text, as below
-    names = {path: os.path.relpath(path, base) for path in paths}
+    if not all(path.startswith(f"{base}/") for path in paths.values()):
+        base = os.path.commonpath([os.path.dirname(path) for path in paths.values()])  # noqa: PTH120 - of text, as below
+    names = {path: os.path.relpath(place, base) for path, place in paths.items()}
     shared = Counter(_renamed(name) for name in names.values())
     targets = {}
     for path, name in names.items():
@@ -137,6 +138,14 @@ def _jobs(source: Source, out: Path) -> dict[str, Job]:
     return {path: Job(path, target) for path, target in targets.items()}
 
 
+def _unpacked(path: str) -> str:
+    """Return where a video would lie if its shard were unpacked where it is."""
+    if is_url(path):
+        raise UserError(f"SOURCE: {path} is far away; rewrite reads files and shards of a file system")
+    member = Member.named(path)
+    return path if member is None else os.path.normpath(f"{os.path.splitext(member.shard)[0]}/{member.name}")  # noqa: PTH122
+
+
 def _renamed(name: str) -> str:
     return f"{os.path.splitext(name)[0]}.mp4"  # noqa: PTH122 - of text
 
@@ -144,7 +153,9 @@ def _renamed(name: str) -> str:
 def _keep_apart(source: Source, out: Path) -> None:
     """Raise if copies would lie among the originals, or originals among the copies."""
     real = out.resolve()
-    folders = {Path(folder).resolve() for folder in {os.path.dirname(path) for path in source.paths}}  # noqa: PTH120
+    members = ((path, Member.named(path)) for path in source.paths)
+    files = {path if member is None else member.shard for path, member in members}
+    folders = {Path(folder).resolve() for folder in {os.path.dirname(file) for file in files}}  # noqa: PTH120
     if Path(source.name).is_dir():
         folders.add(Path(source.name).resolve())
     for folder in sorted(folders):
@@ -160,7 +171,7 @@ def _records(todo: dict[str, Job], folder: WorkFolder, limits: Limits, encoding:
     records = {}
     for path, job in todo.items():
         record = folder.unchanged(path, status[path])
-        if record and record["target"] == job.target and (record["reason"] or Path(job.target).is_file()):
+        if record and record["target"] == _below(folder, job) and (record["reason"] or Path(job.target).is_file()):
             records[path] = record
     rest = [job for path, job in todo.items() if path not in records]
     with CountLine("videos rewritten", speaks=bool(rest)) as progress:
@@ -172,10 +183,14 @@ def _records(todo: dict[str, Job], folder: WorkFolder, limits: Limits, encoding:
                 found, settled = Rewritten(reason=result.reason), False
             else:
                 found, settled = result, True
-            facts = {"target": job.target, **asdict(found)}
+            facts = {"target": _below(folder, job), **asdict(found)}
             records[job.path] = folder.add(job.path, status[job.path], settled=settled, **facts)
             progress(done, len(rest))
     return {path: records[path] for path in todo}
+
+
+def _below(folder: WorkFolder, job: Job) -> str:
+    return os.path.relpath(job.target, folder.path)
 
 
 def rewrite_video(job: Job, encoding: Encoding) -> Rewritten:

@@ -105,7 +105,7 @@ def summarise(records: Sequence[Record]) -> dict[str, Any]:
         "sizes": _counted(f"{record['width']}x{record['height']}" for record in good),
         "frames": sum(record["frames"] for record in good),
         "hours": round(sum(record["duration_s"] or 0 for record in good) / 3600, 3),
-        "bytes": sum(record["size_bytes"] for record in good),
+        "bytes": sum(record["size_bytes"] or 0 for record in good),
     }
 
 

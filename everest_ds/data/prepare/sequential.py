@@ -12,7 +12,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from everest_ds.data.decode import NOT_A_VIDEO, DecodeError, check_file, one_line
+from everest_ds.data.decode import NOT_A_VIDEO, DecodeError, one_line, open_video
 
 # Processes are the parallelism. Conversions take as many threads as there are cores since PyAV 17, unless told.
 ONE_THREAD = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 18 else {}
@@ -81,9 +81,9 @@ def opened(path: str) -> Iterator[Video]:
     Raises:
         DecodeError: it is none.
     """
-    check_file(path)
+    source = open_video(path)
     try:
-        container = av.open(path)
+        container = av.open(source)
     except av.InvalidDataError as error:
         raise DecodeError(path, NOT_A_VIDEO) from error
     except av.FFmpegError as error:

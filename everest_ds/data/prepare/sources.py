@@ -8,13 +8,14 @@ from pathlib import Path
 
 from everest_ds.config.errors import UserError
 from everest_ds.data.manifest import Entry, is_video, read_manifest
+from everest_ds.data.members import is_url
 
 _KEY = "SOURCE"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The videos, with absolute paths, in the order that a manifest gives them or sorted.
+    """The videos, with absolute paths or URLs, in the order that a manifest gives them or sorted.
 
     ``name`` is the manifest's or the folder's absolute path; ``base`` the folder that relative paths start from.
     """
@@ -29,7 +30,7 @@ class Source:
         return list(dict.fromkeys(entry.path for entry in self.entries))
 
 
-def read_source(path: Path, root: Path | None = None) -> Source:
+def read_source(path: Path, root: str | None = None) -> Source:
     """Return the videos of a manifest, or of a folder and the folders in it.
 
     Args:
@@ -49,9 +50,15 @@ def read_source(path: Path, root: Path | None = None) -> Source:
         base = path
     else:
         listed = read_manifest(path, root, key=_KEY)
-        entries = [Entry(os.path.abspath(entry.path), entry.label) for entry in listed]  # noqa: PTH100
-        base = path.parent if root is None else root.expanduser()
+        entries = [Entry(_absolute(entry.path), entry.label) for entry in listed]
+        base = path.parent if root is None else Path(root).expanduser()
+        if root is not None and is_url(root):
+            return Source(entries=entries, name=str(path.absolute()), base=root)
     return Source(entries=entries, name=str(path.absolute()), base=os.path.abspath(base))  # noqa: PTH100
+
+
+def _absolute(path: str) -> str:
+    return path if is_url(path) else os.path.abspath(path)  # noqa: PTH100
 
 
 def _find(folder: str) -> list[str]:

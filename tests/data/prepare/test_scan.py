@@ -225,7 +225,7 @@ class TestMistakes:
         with pytest.raises(UserError, match="its folders hold no file with the name of a video"):
             read_source(tmp_path / "set")
         with pytest.raises(UserError, match="a root is for manifests"):
-            read_source(tmp_path / "set", root=tmp_path)
+            read_source(tmp_path / "set", root=str(tmp_path))
         source = Source(entries=[Entry("/x/a.mp4", 1)], name="x", base="/x")
         with pytest.raises(UserError, match="unknown decoder"):
             scan(source, tmp_path / "out", LIMITS, decoder="pyav")
