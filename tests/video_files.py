@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import av
@@ -67,3 +68,19 @@ def write_bad_files(folder: Path, good: Path) -> dict[str, Path]:
     bad["damaged"].write_bytes(whole[: middle.start] + bytes(middle.stop - middle.start) + whole[middle.stop :])
     bad["folder"].mkdir()
     return bad
+
+
+# Reading from the middle, decord gives frames of the next group: a group's first frames lean on the one before.
+OPEN_GOP = {"bf": "3", "flags": "-cgop", "x264-params": "open-gop=1:keyint=12:min-keyint=12:scenecut=0:b-adapt=0"}
+
+
+def turned(path: Path, whole: Path, quarters: int) -> Path:
+    """Write a copy of an mp4 that says it is to be shown turned by so many quarters, as phones do."""
+    cosine, sine = ((1, 0), (0, 1), (-1, 0), (0, -1))[quarters % 4]
+    matrix = struct.pack(">9i", *(65536 * x for x in (cosine, sine, 0, -sine, cosine, 0, 0, 0)), 1 << 30)
+    data = bytearray(whole.read_bytes())
+    # Of a track header of version 0: times, number and length, then layers and volume come first.
+    start = data.index(b"tkhd") + 4 + 4 + 20 + 16
+    data[start : start + len(matrix)] = matrix
+    path.write_bytes(data)
+    return path

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, get_worker_info
 from everest_ds.config.schema import DataConfig
 from everest_ds.data.decode import DecodeError, decode, require_decoder
 from everest_ds.data.manifest import Entry
+from everest_ds.data.members import require_storage
 from everest_ds.data.randomness import Stream, generator
 from everest_ds.data.sampling import SAMPLINGS
 from everest_ds.data.transforms import RANDOM_CROPS, cut, square_crops
@@ -78,7 +79,7 @@ class ClipDataset(Dataset[Sample]):
         attempts: videos tried for one sample; 1 never substitutes, as evaluation must.
 
     Raises:
-        UserError: the decoder's library is missing.
+        UserError: the decoder's library is missing, or one that URLs need.
         ValueError: several crops of a random clip.
     """
 
@@ -97,6 +98,7 @@ class ClipDataset(Dataset[Sample]):
         attempts: int = MAX_ATTEMPTS,
     ) -> None:
         require_decoder(data.decoder)
+        require_storage(entry.path for entry in entries)
         if augment and crops != 1:
             raise ValueError("a random clip has one crop")
         self.data = data

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import io
 import re
 import stat
 from collections.abc import Callable, Iterator
@@ -20,7 +21,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from everest_ds.config.errors import UserError
+from everest_ds.data.members import Member
 
+NOT_A_VIDEO = "not a video, or cut off"
 _LONGEST_REASON = 200
 
 
@@ -51,7 +54,7 @@ def decode(path: str, choose: Callable[[int], ArrayLike], decoder: str = "decord
     """Open a video, let ``choose`` pick frame ids knowing the number of frames, and return those frames.
 
     Args:
-        path: the file.
+        path: a file, or a member of a tar file (:mod:`everest_ds.data.members`).
         choose: maps the number of frames (at least 1) to ids in [0, number), in any order, repeats allowed.
         decoder: a key of :data:`DECODERS`.
 
@@ -63,9 +66,9 @@ def decode(path: str, choose: Callable[[int], ArrayLike], decoder: str = "decord
         UserError: the library is not installed (call :func:`require_decoder` early to hear it once).
     """
     open_reader, errors = DECODERS[decoder]()
-    _check_file(path)
+    video = open_video(path)
     with _reported(path, errors):
-        reader = open_reader(path)
+        reader = open_reader(video)
         length = len(reader)
     if length < 1:
         raise DecodeError(path, "holds no frame")
@@ -74,6 +77,23 @@ def decode(path: str, choose: Callable[[int], ArrayLike], decoder: str = "decord
     with _reported(path, errors):
         frames = reader.frames(ids.tolist())
     return frames if np.array_equal(places, np.arange(len(ids))) else frames[places]
+
+
+def open_video(path: str) -> str | io.BytesIO:
+    """Return what a library opens: the path itself, or all of a tar file's member.
+
+    Raises:
+        DecodeError: there is no such file, or nothing in it.
+        UserError: the path is a URL, and the library that knows it is missing.
+    """
+    member = Member.named(path)
+    if member is None:
+        _check_file(path)
+        return path
+    try:
+        return io.BytesIO(member.read())
+    except (OSError, ValueError) as error:
+        raise DecodeError(path, (getattr(error, "strerror", None) or one_line(error)).lower()) from error
 
 
 def require_decoder(name: str) -> None:
@@ -105,14 +125,17 @@ def _reported(path: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
         yield
     except errors as error:
         reason = one_line(error)
-        # All that decord says of a file that it can't open.
-        raise DecodeError(
-            path, "not a video, or cut off" if reason == f"Error reading {path}..." else reason
-        ) from error
+        # All that decord says of what it can't open.
+        unknown = reason.startswith("Error reading ") and reason.endswith("...")
+        raise DecodeError(path, NOT_A_VIDEO if unknown else reason) from error
 
 
 def _check_file(path: str) -> None:
-    """Name the plain cases, which the libraries lump together as "Error reading"."""
+    """Name the plain cases, which the libraries lump together as "Error reading", or wait for, as for a pipe.
+
+    Raises:
+        DecodeError: there is no such file, or nothing in it.
+    """
     try:
         status = Path(path).stat()
     except (OSError, ValueError) as error:
@@ -124,9 +147,9 @@ def _check_file(path: str) -> None:
 
 
 class _DecordReader:
-    def __init__(self, decord: Any, path: str) -> None:
+    def __init__(self, decord: Any, video: str | io.BytesIO) -> None:
         # One thread: the workers are the parallelism.
-        self._reader = decord.VideoReader(path, num_threads=1)
+        self._reader = decord.VideoReader(video, num_threads=1)
         self._error = decord._ffi.base.DECORDError
 
     def __len__(self) -> int:
@@ -153,8 +176,8 @@ def _without_padding(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 class _TorchcodecReader:
-    def __init__(self, decoders: Any, path: str) -> None:
-        self._decoder = decoders.VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
+    def __init__(self, decoders: Any, video: str | io.BytesIO) -> None:
+        self._decoder = decoders.VideoDecoder(video, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
 
     def __len__(self) -> int:
         return len(self._decoder)
@@ -164,7 +187,7 @@ class _TorchcodecReader:
         return frames
 
 
-_Opener = tuple[Callable[[str], Reader], tuple[type[Exception], ...]]
+_Opener = tuple[Callable[["str | io.BytesIO"], Reader], tuple[type[Exception], ...]]
 
 
 @functools.cache

@@ -6,6 +6,7 @@ Accepted lines, all in one style per file::
     path,label          the same with a comma; a path in double quotes follows the rules of CSV
     path                no label; the path may contain spaces
 
+A path may also be a URL, or name a member of a tar file (:mod:`everest_ds.data.members`).
 Blank lines, lines that start with ``#``, a byte-order mark and a header such as ``path,label`` are skipped.
 Whether a file has labels is decided by the whole file. ``holiday 2`` reads both ways: it is a path where some other
 line has no label, a path and a label otherwise (folders of frames are listed so). ``holiday.mp4 2`` always has a label.
@@ -15,12 +16,13 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from everest_ds.config.errors import UserError
+from everest_ds.data.members import is_url
 
 LARGEST_LABEL = 2**31 - 1
 _MOST_DIGITS = 12
@@ -29,6 +31,8 @@ _SUFFIX = r"\.(?:mp4|m4v|mov|avi|mkv|webm|mpe?g|mts|ts|wmv|flv|ogv|3gp)"
 _VIDEO = re.compile(rf"{_SUFFIX}$", re.IGNORECASE)
 _VIDEO_AND_MORE = re.compile(rf".*{_SUFFIX}(?:\s*,\s*|\s+)(.*)$", re.IGNORECASE)
 _INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
+_NEEDS_QUOTES = re.compile(r"^#|[^\w./+=@%:#-]")
+_BREAKS_LINE = re.compile(r"[\r\n\0]")
 _HEADER_PATHS = {"path", "video", "video_path", "file", "filename"}
 _HEADER_LABELS = {"label", "class", "target"}
 
@@ -70,15 +74,38 @@ def read_manifest(path: str | Path, root: str | Path | None = None, *, key: str 
         UserError: the manifest can't be read, lists nothing, or a line makes no sense; names file and line.
     """
     manifest = Path(path).expanduser()
-    base = manifest.parent if root is None else Path(root).expanduser()
+    base = str(manifest.parent if root is None else root if is_url(str(root)) else Path(root).expanduser())
     lines = _parse(_read_text(manifest, key), f"{key}: {manifest}")
     if not lines:
         raise UserError(f"{key}: {manifest} lists no video; write one per line: path, 'path label' or 'path,label'")
     labelled = _has_labels(lines, f"{key}: {manifest}")
     names = ((line.path, line.label) if labelled else (line.text, None) for line in lines)
     # Text, not pathlib: a manifest may have millions of lines.
-    prefix = "" if str(base) == "." else str(base).rstrip("/") + "/"
-    return [Entry(name if name.startswith("/") else prefix + name, label) for name, label in names]
+    prefix = "" if base == "." else base.rstrip("/") + "/"
+    return [Entry(name if name.startswith("/") or is_url(name) else prefix + name, label) for name, label in names]
+
+
+def format_manifest(entries: Sequence[Entry]) -> str:
+    """Return the text of a manifest that reads as these videos: all with a label, or none."""
+    labelled = [f"{_quoted(entry.path)},{entry.label}\n" for entry in entries if entry.label is not None]
+    if labelled:
+        return "path,label\n" + "".join(labelled)
+    return "path\n" + "".join(f"{_quoted(entry.path)}\n" for entry in entries)
+
+
+def _quoted(path: str) -> str:
+    return '"' + path.replace('"', '""') + '"' if _NEEDS_QUOTES.search(path) else path
+
+
+def can_list(path: str) -> bool:
+    """Say whether a manifest can name a path: text of one line, without blanks at its ends."""
+    encodable = path.encode("utf-8", "ignore").decode("utf-8") == path
+    return encodable and path == path.strip() and not _BREAKS_LINE.search(path)
+
+
+def is_video(name: str) -> bool:
+    """Say whether a file has the name of a video."""
+    return _VIDEO.search(name) is not None
 
 
 def count_classes(entries: Iterable[Entry]) -> int:

@@ -21,6 +21,7 @@ class Stream(enum.IntEnum):
     SYNTHETIC = 4  # (seed, index): a synthetic video
     AUGMENT = 5  # (seed, epoch, index, view): RandAugment, random erasing
     STEP = 6  # (seed, step, rank): what is drawn on the device, drop path and mixing
+    EXAMINE = 7  # (length): where a file is looked at before training
 
 
 def generator(stream: Stream, *key: int) -> np.random.Generator:

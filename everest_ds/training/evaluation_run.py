@@ -11,6 +11,7 @@ import torch
 
 from everest_ds.config.errors import RankError, UserError
 from everest_ds.config.finetuning import FinetuneRecipe
+from everest_ds.config.progress import CountLine
 from everest_ds.data.dataset import ClipDataset
 from everest_ds.data.loader import BadSamples
 from everest_ds.data.manifest import Entry, check_labels, count_classes, read_manifest
@@ -18,7 +19,6 @@ from everest_ds.models import VideoClassifier
 from everest_ds.training import evaluation_files as files
 from everest_ds.training import probes, ranks
 from everest_ds.training.evaluate import PerVideo, Predictions, average_views, predict, score
-from everest_ds.training.progress import CountLine
 from everest_ds.training.subject import Request, Subject
 
 AnyPerVideo = TypeVar("AnyPerVideo", bound=PerVideo)

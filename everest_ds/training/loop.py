@@ -15,6 +15,7 @@ from torch import Tensor
 
 from everest_ds.config.batches import Batches
 from everest_ds.config.errors import UserError
+from everest_ds.config.progress import ProgressLine
 from everest_ds.config.schema import TrainConfig
 from everest_ds.data.loader import BadSamples, Batch
 from everest_ds.data.randomness import Stream, generator
@@ -23,7 +24,6 @@ from everest_ds.training import ranks
 from everest_ds.training.average import Average
 from everest_ds.training.metrics import MetricsFile
 from everest_ds.training.objectives import Objective
-from everest_ds.training.progress import ProgressLine
 from everest_ds.training.schedule import CosineSchedule
 from everest_ds.training.validation import Validation
 from everest_ds.training.window import Window

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from everest_ds.config.errors import UserError
-from everest_ds.data.manifest import Entry, check_labels, count_classes, read_manifest
+from everest_ds.data.manifest import Entry, can_list, check_labels, count_classes, format_manifest, read_manifest
 
 
 def read(tmp_path: Path, text: str | bytes, root: str | None = "/r") -> list[Entry]:
@@ -57,6 +57,31 @@ def test_relative_paths_start_from_the_manifest_or_the_root(tmp_path: Path, monk
     assert read_manifest("list.csv")[0].path == "a.mp4"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert read_manifest("~/list.csv", "~/v")[0].path == f"{tmp_path}/v/a.mp4"
+
+
+@pytest.mark.parametrize("label", [7, None])
+def test_what_is_written_is_read(tmp_path: Path, label: int | None) -> None:
+    names = [
+        "a.mp4",
+        "b 2.mp4",
+        "c,3.mp4",
+        'd"e" 4.mp4',
+        "#f.mp4",
+        "path",
+        "path,label",
+        "g",
+        "take 5",
+        "\u00fc\u2028.mp4",
+    ]
+    entries = [Entry(f"/r/{name}", label) for name in names]
+    assert read(tmp_path, format_manifest([Entry(name, label) for name in names])) == entries
+    assert read(tmp_path, format_manifest(entries)) == entries
+    assert all(can_list(name) for name in names)
+
+
+@pytest.mark.parametrize("name", ["a\nb.mp4", "a\rb.mp4", "a\0.mp4", " a.mp4", "a.mp4 ", "\udcff.mp4"])
+def test_names_that_no_line_can_hold(name: str) -> None:
+    assert not can_list(name)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from video_files import moving_frames, write_bad_files, write_video
 from everest_ds.config.errors import UserError
 from everest_ds.config.finetuning import ClassifierConfig
 from everest_ds.config.load import to_tree
+from everest_ds.config.progress import CountLine
 from everest_ds.config.schema import DataConfig, ModelConfig, Recipe
 from everest_ds.data import loader
 from everest_ds.data.dataset import ClipDataset
@@ -28,7 +29,6 @@ from everest_ds.data.manifest import Entry
 from everest_ds.models.weights import Weights
 from everest_ds.training import evaluate, evaluation_files, probes
 from everest_ds.training.evaluate import PerVideo, Predictions, average_views, predict, score
-from everest_ds.training.progress import CountLine
 from everest_ds.training.run_dir import RunDir
 from everest_ds.training.subject import Request, choose_precision, resolve
 

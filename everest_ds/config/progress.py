@@ -81,7 +81,10 @@ class ProgressLine(_Line):
 
 
 class CountLine(_Line):
-    """That of something counted, such as "videos of data.test": call it with the number done and that in all."""
+    """That of something counted, such as "videos of data.test", with its rate and the time left.
+
+    Call it with the number done and that in all.
+    """
 
     def __init__(self, title: str, *, speaks: bool) -> None:
         super().__init__(title, total=None, speaks=speaks)
@@ -90,12 +93,13 @@ class CountLine(_Line):
 
     def __call__(self, done: int, total: int) -> None:
         """Show that ``done`` of ``total`` are done; as plain lines, one for each tenth."""
+        rate = done / max(time.monotonic() - self._started, 1e-9)
         if self._live is not None:
-            self._live.update(self._task, completed=done, total=total)
+            self._live.update(self._task, completed=done, total=total, numbers=f"{rate:.1f}/s")
         elif self._speaks and done * _PLAIN_LINES // total > self._said:
             self._said = done * _PLAIN_LINES // total
-            left_s = (time.monotonic() - self._started) * (total - done) / done
-            print(f"{self._title}: {done} of {total}, left {_clock(left_s)}", file=sys.stderr, flush=True)
+            left = _clock((total - done) / rate)
+            print(f"{self._title}: {done} of {total}, {rate:.1f}/s, left {left}", file=sys.stderr, flush=True)
 
 
 def _clock(seconds: float) -> str:

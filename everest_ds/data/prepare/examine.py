@@ -1,0 +1,158 @@
+"""One file: what it holds, whether it can be read, and whether random access gives the frames that it asks for.
+
+Training jumps into a file; some encodings then give other frames than those asked for, without any error (open groups
+of pictures with decord, say). So some clips are read the way training reads them and compared with a decode from the
+file's start. Decoders differ a little in colour, so the question isn't whether two frames are equal but whether another
+frame nearby fits better.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from everest_ds.config.schema import DataConfig, ModelConfig
+from everest_ds.data.decode import DecodeError, decode, one_line
+from everest_ds.data.prepare.sequential import ONE_THREAD, opened, upright
+from everest_ds.data.randomness import Stream, generator
+from everest_ds.data.sampling import Segments, frame_ids
+
+WRONG_FRAMES = "random access gives wrong frames"
+CLIPS = 8
+# Frames around one that was asked for, among which the one that was given is looked for.
+NEIGHBOURS = 16
+# Grey levels, root mean square, of a thumbnail: frames that differ by less show the same. (What decoders make of one
+# frame differs by up to 3, with 10 bits and BT.709.)
+_SAME = 1.0
+# No frame nearby fits either: not a picture of this video.
+_FOREIGN = 12.0
+_THUMBNAIL = 64  # pixels
+
+Thumbnail = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examined:
+    """What is known of a file; ``reason`` says what is wrong with it, None: nothing. None elsewhere: not known."""
+
+    frames: int | None = None
+    width: int | None = None
+    height: int | None = None
+    duration_s: float | None = None
+    fps: float | None = None
+    codec: str | None = None
+    compared: int = 0
+    reason: str | None = None
+
+
+def examine(path: str, decoder: str = "decord") -> Examined:
+    """Return what is known of a file; whatever goes wrong with it is its ``reason``.
+
+    Args:
+        path: the file.
+        decoder: data.decoder, the reader that training will use.
+    """
+    found = Examined()
+    try:
+        with opened(path) as video:
+            found = Examined(**dataclasses.asdict(video.facts))
+            asked, given = _given(path, decoder)
+            counted, truth = _truth(video.frames(), asked)
+        reason = _difference(asked, given, truth, counted["frames"])
+        return dataclasses.replace(found, **counted, compared=len(asked), reason=reason)
+    except DecodeError as error:
+        return dataclasses.replace(found, reason=error.reason)
+    except Exception as error:
+        # Whatever a library makes of a strange file: the other files are still to be looked at.
+        return dataclasses.replace(found, reason=f"{type(error).__name__}: {one_line(error)}")
+
+
+def _given(path: str, decoder: str) -> tuple[list[int], list[Thumbnail]]:
+    """Return the frames that were asked for, read by read, and what was given."""
+    asked: list[int] = []
+    given: list[Thumbnail] = []
+    for read in range(CLIPS + 1):
+        ids: list[int] = []
+
+        def choose(length: int, read: int = read, ids: list[int] = ids) -> list[int]:
+            ids += _ids(length, read)
+            return ids
+
+        given += [thumbnail(frame) for frame in decode(path, choose, decoder)]
+        asked += ids
+    return asked, given
+
+
+def _ids(length: int, read: int) -> list[int]:
+    """Return the frames of a read: clips from anywhere, so that they fit any setting of the training; then the end."""
+    if read == CLIPS:
+        return [length - 1]
+    # Drawn, each from its part of the video: even steps could fall on key frames alone.
+    start = Segments(CLIPS).draw(length, generator(Stream.EXAMINE, length))[read]
+    return list(dict.fromkeys(frame_ids(length, int(start), ModelConfig().frames, DataConfig().stride).tolist()))
+
+
+def _truth(frames: Iterable[av.VideoFrame], asked: list[int]) -> tuple[dict[str, Any], dict[int, Thumbnail]]:
+    """Return the number of frames and their size, and the pictures that were asked for or are near to those."""
+    wanted = {i for each in asked for i in range(each - NEIGHBOURS, each + NEIGHBOURS + 1)}
+    truth: dict[int, Thumbnail] = {}
+    count, last = 0, None
+    for frame in frames:
+        if count in wanted:
+            truth[count] = thumbnail(upright(frame))
+        count, last = count + 1, frame
+    if last is None:
+        return {"frames": 0}, truth
+    picture = upright(last)
+    # Readers count a frame more than there are in some containers, and then repeat the last.
+    truth[count - 1] = thumbnail(picture)
+    height, width = picture.shape[:2]
+    return {"frames": count, "width": width, "height": height}, truth
+
+
+def _difference(asked: list[int], given: list[Thumbnail], truth: dict[int, Thumbnail], frames: int) -> str | None:
+    """Return what is wrong with the frames that were given; None: nothing."""
+    if not frames:
+        return "holds no frame"
+    shown = [_shown(min(i, frames - 1), picture, truth) for i, picture in zip(asked, given, strict=True)]
+    wrong = [(i, other) for i, other in zip(asked, shown, strict=True) if other != min(i, frames - 1)]
+    if not wrong:
+        return None
+    first, other = wrong[0]
+    what = "a picture that is not of this video" if other is None else f"frame {other}"
+    return (
+        f"{WRONG_FRAMES}, {len(wrong)} of {len(asked)} compared: asked for frame {first}, it gives {what}; rewrite it"
+    )
+
+
+def _shown(asked: int, picture: Thumbnail, truth: dict[int, Thumbnail]) -> int | None:
+    """Return the frame that a picture shows: the one asked for unless another fits clearly better; None: no frame."""
+    away = distance(picture, truth[asked])
+    if away <= _SAME:
+        return asked
+    near = {i: distance(picture, truth[i]) for i in range(asked - NEIGHBOURS, asked + NEIGHBOURS + 1) if i in truth}
+    best = min(near, key=near.__getitem__)
+    if near[best] < away / 2:
+        return best
+    return asked if away < _FOREIGN else None
+
+
+def thumbnail(pixels: NDArray[np.uint8]) -> Thumbnail:
+    """Return a small grey picture of RGB pixels (H, W, 3); all of them count."""
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+    small = frame.reformat(width=_THUMBNAIL, height=_THUMBNAIL, format="gray", interpolation="AREA", **ONE_THREAD)
+    return small.to_ndarray().astype(np.float32)
+
+
+def distance(a: Thumbnail, b: Thumbnail) -> float:
+    """Return by how many grey levels (root mean square) two pictures differ beyond brightness and contrast."""
+    a, b = a - a.mean(), b - b.mean()
+    squares = float((a * a).mean()), float((b * b).mean())
+    likeness = float((a * b).mean()) ** 2 / (squares[0] * squares[1]) if min(squares) > 0 else 0.0
+    return float(np.sqrt(max(squares) * max(0.0, 1 - likeness)))
