@@ -16,8 +16,9 @@ $(INSTALLED): pyproject.toml
 demo: install
 	$(BIN)/python tools/demo.py
 
+# Two workers: most tests are processes that start, one core each.
 test: install lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from launching import DS_CONFIGS, deepspeed, metrics
+from launching import DS_CONFIGS, Console, metrics
 from video_files import moving_frames, write_bad_files, write_video
 
 SETTINGS = (
@@ -17,9 +17,8 @@ def bad_files(tmp_path: Path) -> dict[str, Path]:
     return write_bad_files(tmp_path, write_video(tmp_path / "whole.mp4", moving_frames(40)))
 
 
-def pretrain(manifest: Path, run_dir: Path, *settings: str):
-    return deepspeed(
-        2,
+def pretrain(two_ranks: Console, manifest: Path, run_dir: Path, *settings: str):
+    return two_ranks.run(
         "run/pretrain.py",
         *("--ds_config", DS_CONFIGS / "zero1.json", f"data.train={manifest}", f"train.output_dir={run_dir}"),
         *SETTINGS,
@@ -27,14 +26,14 @@ def pretrain(manifest: Path, run_dir: Path, *settings: str):
     )
 
 
-def test_a_run_survives_its_bad_videos(motion_videos, bad_files, tmp_path):
+def test_a_run_survives_its_bad_videos(two_ranks, motion_videos, bad_files, tmp_path):
     one_frame = write_video(tmp_path / "one_frame.mp4", moving_frames(1))
     manifest = tmp_path / "train.csv"
     good = [str(motion_videos.parent / line.split(",")[0]) for line in motion_videos.read_text().split()[1:]]
     manifest.write_text("\n".join([*good, str(one_frame), *map(str, bad_files.values())]) + "\n")
     # Two epochs, so that every video is asked for at least once.
     steps = 2 * (len(good) + 1 + len(bad_files)) // 4
-    done = pretrain(manifest, tmp_path / "run", f"train.max_steps={steps}", "data.max_bad_share=0.5")
+    done = pretrain(two_ranks, manifest, tmp_path / "run", f"train.max_steps={steps}", "data.max_bad_share=0.5")
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     named = [line for line in done.stderr.splitlines() if "unreadable video" in line]
@@ -46,10 +45,10 @@ def test_a_run_survives_its_bad_videos(motion_videos, bad_files, tmp_path):
     assert last["bad_samples"] >= len(bad_files)
 
 
-def test_nothing_readable_ends_the_run_with_the_reasons(bad_files, tmp_path):
+def test_nothing_readable_ends_the_run_with_the_reasons(two_ranks, bad_files, tmp_path):
     manifest = tmp_path / "train.csv"
     manifest.write_text("\n".join(str(path) for path in bad_files.values()) + "\n")
-    done = pretrain(manifest, tmp_path / "run", "train.max_steps=2")
+    done = pretrain(two_ranks, manifest, tmp_path / "run", "train.max_steps=2")
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     (report,) = [line for line in done.stderr.splitlines() if line.startswith("pretrain: error: ")]

@@ -10,26 +10,26 @@ SETTINGS = (
 ).split()
 
 
-def pretrain(manifest, run_dir, *settings):
+def command(manifest, run_dir, *settings):
     place = (f"data.train={manifest}", f"train.output_dir={run_dir}")
-    return run("run/pretrain.py", "--ds_config", DS_CONFIGS / "zero2.json", *SETTINGS, *place, *settings)
+    return ("run/pretrain.py", "--ds_config", DS_CONFIGS / "zero2.json", *SETTINGS, *place, *settings)
 
 
-def test_out_of_time_saves_and_asks_to_be_restarted(motion_videos, tmp_path):
+def test_out_of_time_saves_and_asks_to_be_restarted(motion_videos, tmp_path, one_rank):
+    """In a process of its own, where the exit code is one that a scheduler sees."""
     folder = tmp_path / "run"
-    done = pretrain(motion_videos, folder, "train.max_minutes=0.00001")
+    done = run(*command(motion_videos, folder, "train.max_minutes=0.00001"))
     assert done.returncode == 75, done.stderr
     assert "continue with --resume auto" in done.stderr
     assert (folder / "checkpoints/latest").read_text() == "step-00000001"
-    again = pretrain(motion_videos, folder, "--resume", "auto")
-    assert again.returncode == 0, again.stderr
+    one_rank.succeed(*command(motion_videos, folder, "--resume", "auto"))
     assert (folder / "checkpoints/latest").read_text() == "step-00000008"
     assert (folder / "model.safetensors").is_file()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_unsaved(motion_videos, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_unsaved(motion_videos, tmp_path, one_rank):
     folder = tmp_path / "run"
-    done = pretrain(motion_videos, folder, "optim.base_lr=1e30", "train.max_bad_steps=2")
+    done = one_rank.run(*command(motion_videos, folder, "optim.base_lr=1e30", "train.max_bad_steps=2"))
     assert done.returncode == 3, done.stderr
     assert "not finite" in done.stderr
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -37,21 +37,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_unsaved(motion_videos, tmp_path
     assert not (folder / "checkpoints").exists()
 
 
-def test_numbers_that_go_wrong_between_logged_steps_are_not_saved(motion_videos, tmp_path):
+def test_numbers_that_go_wrong_between_logged_steps_are_not_saved(motion_videos, tmp_path, one_rank):
     folder = tmp_path / "run"
-    done = pretrain(
-        motion_videos, folder, "optim.base_lr=1e30", "train.log_every_steps=100", "train.save_every_steps=3"
-    )
+    rarely = ("train.log_every_steps=100", "train.save_every_steps=3")
+    done = one_rank.run(*command(motion_videos, folder, "optim.base_lr=1e30", *rarely))
     assert done.returncode == 3, done.stderr
     assert not (folder / "checkpoints").exists()
     assert not (folder / "model.safetensors").exists()
 
 
-def test_a_run_continues_in_another_folder(motion_videos, tmp_path):
+def test_a_run_continues_in_another_folder(motion_videos, tmp_path, one_rank):
     first, second = tmp_path / "first", tmp_path / "second"
-    assert pretrain(motion_videos, first, "train.max_steps=2").returncode == 0
+    one_rank.succeed(*command(motion_videos, first, "train.max_steps=2"))
     before = (first / "metrics.jsonl").read_bytes()
-    done = pretrain(motion_videos, second, "--resume", str(first), "train.max_steps=3")
-    assert done.returncode == 0, done.stderr
+    one_rank.succeed(*command(motion_videos, second, "--resume", str(first), "train.max_steps=3"))
     assert (first / "metrics.jsonl").read_bytes() == before
     assert json.loads((second / "metrics.jsonl").read_text())["step"] == 3

@@ -3,13 +3,14 @@
 import csv
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from launching import deepspeed, run
+from launching import Console, new_console, run
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -23,6 +24,8 @@ from everest_ds.models.weights import CONFIG_KEY
 from everest_ds.training.evaluation_run import evaluate
 from everest_ds.training.probes import PATHS_KEY, SETTINGS_KEY
 from everest_ds.training.subject import Request
+
+pytestmark = pytest.mark.several_ranks
 
 VIDEOS = 17
 CLASSES = 8
@@ -94,16 +97,20 @@ def assert_same_answers(one: Path, other: Path) -> None:
         assert scores(one)[key] == scores(other)[key], key
 
 
-def test_three_ranks_test_a_classifier_as_one_does(runs, tmp_path):
+@pytest.fixture(scope="module")
+def three_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Console]:
+    with new_console(3, tmp_path_factory.mktemp("consoles") / "three_ranks") as console:
+        yield console
+
+
+def test_three_ranks_test_a_classifier_as_one_does(runs, tmp_path, three_ranks, one_rank):
     settings = (f"data.test={runs.test}", "data.stride=1", "data.workers=1", "test.clips=2", "test.crops=2")
     command = ("run/evaluate.py", "--from", runs.classifier, *settings)
-    three = deepspeed(3, *command, "--out", tmp_path / "three")
-    assert three.returncode == 0, three.stderr
+    three = three_ranks.succeed(*command, "--out", tmp_path / "three")
     assert sum("unreadable video" in line for line in three.stderr.splitlines()) == 1
     assert "top-1" in three.stdout
     # Another number of videos per pass, too; and the default folder.
-    alone = run(*command, "test.micro_batch=4", "--json")
-    assert alone.returncode == 0, alone.stderr
+    alone = one_rank.succeed(*command, "test.micro_batch=4", "--json")
     folder = runs.classifier / "evaluation"
     assert json.loads(alone.stdout) == scores(folder)
     assert_same_answers(folder, tmp_path / "three")
@@ -121,20 +128,18 @@ def test_three_ranks_test_a_classifier_as_one_does(runs, tmp_path):
 
     # Again, of the file alone, with all tokens and in bfloat16: beside the first, not over it.
     weights = runs.classifier / "model.safetensors"
-    again = run("run/evaluate.py", "--from", weights, *settings, "model.keep_ratio=1.0", "--precision", "bf16")
-    assert again.returncode == 0, again.stderr
+    all_tokens = ("model.keep_ratio=1.0", "--precision", "bf16")
+    one_rank.succeed("run/evaluate.py", "--from", weights, *settings, *all_tokens)
     second = scores(runs.classifier / "evaluation-2")
     assert (second["precision"], second["settings"]["model"]["keep_ratio"]) == ("bf16", 1.0)
     assert scores(folder) == found
 
 
-def test_three_ranks_probe_an_encoder_as_one_does(runs, tmp_path):
+def test_three_ranks_probe_an_encoder_as_one_does(runs, tmp_path, three_ranks, one_rank):
     manifests = (f"data.train={runs.train}", f"data.val={runs.test}")
     command = ("run/evaluate.py", "--from", runs.autoencoder, "--probe", "knn", *manifests)
-    three = deepspeed(3, *command)
-    assert three.returncode == 0, three.stderr
-    alone = run(*command, "--out", tmp_path / "one")
-    assert alone.returncode == 0, alone.stderr
+    three_ranks.succeed(*command)
+    one_rank.succeed(*command, "--out", tmp_path / "one")
     assert_same_answers(runs.autoencoder / "probe-knn", tmp_path / "one")
     found = scores(tmp_path / "one")
     assert found["probe"] == {"kind": "knn", "neighbours": 20}
@@ -144,6 +149,7 @@ def test_three_ranks_probe_an_encoder_as_one_does(runs, tmp_path):
 
 
 def test_linear_probe(runs):
+    """In a process of its own: libraries warn but once in each."""
     manifests = (f"data.train={runs.train}", f"data.val={runs.test}")
     done = run("run/evaluate.py", "--from", runs.autoencoder, "--probe", "linear", *manifests)
     assert done.returncode == 0, done.stderr
@@ -154,7 +160,7 @@ def test_linear_probe(runs):
     assert "Warning" not in done.stderr
 
 
-def test_features_are_read_back(runs, tmp_path):
+def test_features_are_read_back(runs, tmp_path, one_rank):
     file = tmp_path / "deep/features.safetensors"
     command = (
         "run/evaluate.py",
@@ -165,8 +171,7 @@ def test_features_are_read_back(runs, tmp_path):
         "--features",
         file,
     )
-    done = run(*command, "--json")
-    assert done.returncode == 0, done.stderr
+    done = one_rank.succeed(*command, "--json")
     assert json.loads(done.stdout)["features"] == str(file)
     with safe_open(file, framework="pt") as opened:
         features, labels, index = (opened.get_tensor(name) for name in ("features", "labels", "index"))
@@ -178,7 +183,7 @@ def test_features_are_read_back(runs, tmp_path):
     assert [Path(path).name for path in paths] == [f"{i:07d}.mp4" for i in range(100, 100 + VIDEOS)]
     assert labels.tolist() == [i % CLASSES for i in range(100, 100 + VIDEOS)]
     assert json.loads(header[SETTINGS_KEY])["settings"]["data"]["val"] == str(runs.test)
-    again = run(*command)
+    again = one_rank.run(*command)
     assert again.returncode == 2
     assert "is there already" in again.stderr
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import DS_CONFIGS, ROOT, deepspeed, losses, metrics
+from launching import DS_CONFIGS, Console, deepspeed, losses, metrics
 from safetensors.torch import load_file
 
 import everest_ds
@@ -33,38 +33,39 @@ def few_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, motion_videos: Path, few_videos: Path) -> Path:
-    """One launch of two ranks: pre-train, then fine-tune from it in many ways."""
-    folder = tmp_path_factory.mktemp("finetuning")
+def runs(tmp_path_factory: pytest.TempPathFactory, motion_videos: Path, few_videos: Path, two_ranks: Console) -> Path:
+    """Two ranks pre-train, then fine-tune from it in many ways."""
+    folder, log = tmp_path_factory.mktemp("finetuning"), []
 
-    def ds(stage: str) -> dict:
+    def ds(stage: str) -> Path:
         config = json.loads((DS_CONFIGS / f"{stage}.json").read_text())
         if stage.startswith("zero3"):  # small tensors must be partitioned too
             config["zero_optimization"]["stage3_param_persistence_threshold"] = 100
-        return config
+        file = folder / f"{stage}.json"
+        file.write_text(json.dumps(config))
+        return file
 
-    def tune(name: str, stage: str, *settings: str) -> dict:
+    def tune(name: str, stage: str, *settings: str, code: int = 0) -> None:
         place = [f"data.train={motion_videos}", f"data.val={few_videos}", f"train.output_dir={folder / name}"]
-        source = [f"train.pretrained={folder / 'pretrained'}"]
-        return {"phase": "finetune", "overrides": [*BASE, *place, *source, *settings], "ds": ds(stage)}
+        source = ["--ds_config", ds(stage), "--from", folder / "pretrained"]
+        done = two_ranks.run("run/finetune.py", *source, *BASE, *place, *settings)
+        assert done.returncode == code, done.stderr[-3000:]
+        log.append(done.stderr)
 
     small = "model.size=vit_micro model.image_size=48 model.decoder_depth=1 model.positions=separable".split()
     pretrained = [*CLIP, *small, f"data.train={motion_videos}", f"train.output_dir={folder / 'pretrained'}"]
-    specs = [
-        {"overrides": [*pretrained, "train.global_batch=8", "train.max_steps=2"], "ds": ds("zero2")},
-        *(tune(stage, stage) for stage in STAGES),
-        tune("checkpointed", "zero2", "model.checkpointing=encoder"),
-        tune("averaged", "zero2", "train.ema_decay=0.9"),
-        tune("averaged-unvalidated", "zero2", "train.ema_decay=0.9", "train.validate_every_epochs=0"),
-        tune("zero3-unvalidated", "zero3", "train.validate_every_epochs=0"),
-        tune("stopped", "zero2", "train.ema_decay=0.9", "train.max_minutes=1e-9") | {"code": 75},
-        tune("stopped", "zero2", "train.ema_decay=0.9", "train.resume=auto"),
-        tune("plain", "zero1", "augment.mixup=0", "augment.cutmix=0", "augment.rand_augment_ops=0"),
-    ]
-    (folder / "specs.json").write_text(json.dumps(specs))
-    done = deepspeed(2, ROOT / "tests/e2e/many_runs.py", folder / "specs.json")
-    assert done.returncode == 0, done.stderr[-3000:]
-    (folder / "log.txt").write_text(done.stderr)
+    length = ["train.global_batch=8", "train.max_steps=2"]
+    two_ranks.succeed("run/pretrain.py", "--ds_config", ds("zero2"), *pretrained, *length)
+    for stage in STAGES:
+        tune(stage, stage)
+    tune("checkpointed", "zero2", "model.checkpointing=encoder")
+    tune("averaged", "zero2", "train.ema_decay=0.9")
+    tune("averaged-unvalidated", "zero2", "train.ema_decay=0.9", "train.validate_every_epochs=0")
+    tune("zero3-unvalidated", "zero3", "train.validate_every_epochs=0")
+    tune("stopped", "zero2", "train.ema_decay=0.9", "train.max_minutes=1e-9", code=75)
+    tune("stopped", "zero2", "train.ema_decay=0.9", "--resume", "auto")
+    tune("plain", "zero1", "augment.mixup=0", "augment.cutmix=0", "augment.rand_augment_ops=0")
+    (folder / "log.txt").write_text("".join(log))
     return folder
 
 
@@ -125,22 +126,20 @@ def test_a_finished_run_loads_as_a_classifier(runs):
     assert [record["step"] for record in metrics(runs / "plain")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_from_videos_to_accuracy(tmp_path, motion_videos, few_videos):
-    """The three commands of the README on two ranks: pre-train, fine-tune, evaluate."""
+def test_from_videos_to_accuracy(tmp_path, motion_videos, few_videos, two_ranks):
+    """The three commands of the README on two ranks: pre-train, fine-tune (in a launch of its own), evaluate."""
     pretrained, tuned = tmp_path / "pretrained", tmp_path / "tuned"
     zero2 = ("--ds_config", DS_CONFIGS / "zero2.json")
     videos = (*CLIP, f"data.train={motion_videos}", "train.global_batch=8", "train.max_steps=4")
     small = ("model.size=vit_micro", "model.image_size=48", "model.decoder_depth=1")
-    first = deepspeed(2, "run/pretrain.py", *zero2, *videos, *small, f"train.output_dir={pretrained}")
-    assert first.returncode == 0, first.stderr[-3000:]
+    two_ranks.succeed("run/pretrain.py", *zero2, *videos, *small, f"train.output_dir={pretrained}")
     second = deepspeed(
         2,
         *("run/finetune.py", *zero2, "--from", pretrained, *videos),
         *(f"data.val={few_videos}", f"train.output_dir={tuned}"),
     )
     assert second.returncode == 0, second.stderr[-3000:]
-    third = deepspeed(2, "run/evaluate.py", "--from", tuned, "--split", "val", "test.clips=1", "test.crops=1")
-    assert third.returncode == 0, third.stderr[-3000:]
+    two_ranks.succeed("run/evaluate.py", "--from", tuned, "--split", "val", "test.clips=1", "test.crops=1")
     scores = json.loads((tuned / "evaluation/scores.json").read_text())
     assert scores["top1"] == pytest.approx(validations(tuned)[-1]["top1"])
     with (tuned / "evaluation/predictions.csv").open() as file:

@@ -21,12 +21,15 @@ SMALL = (
 ZERO1 = DS_CONFIGS / "zero1.json"
 
 
-def pretrain(*arguments, ds=ZERO1):
-    return run("run/pretrain.py", "--ds_config", ds, *arguments)
+@pytest.fixture
+def pretrain(one_rank):
+    """The command, in a process that it shares with others."""
+    return lambda *arguments, ds=ZERO1: one_rank.run("run/pretrain.py", "--ds_config", ds, *arguments)
 
 
-def finetune(*arguments, ds=ZERO1):
-    return run("run/finetune.py", "--ds_config", ds, *arguments)
+@pytest.fixture
+def finetune(one_rank):
+    return lambda *arguments, ds=ZERO1: one_rank.run("run/finetune.py", "--ds_config", ds, *arguments)
 
 
 def assert_one_line(done, told: str, command: str = "pretrain") -> None:
@@ -50,11 +53,18 @@ def assert_one_line(done, told: str, command: str = "pretrain") -> None:
         (["model.image_size=50"], "50 is not divisible by model.patch"),
     ],
 )
-def test_mistakes_in_settings(arguments, told):
+def test_mistakes_in_settings(pretrain, arguments, told):
     assert_one_line(pretrain(*SMALL, *arguments), told)
 
 
-def test_mistakes_that_need_a_manifest(motion_videos, tmp_path):
+def test_a_mistake_in_a_process_of_its_own():
+    """What a user's shell sees: nothing but the line, and the exit code."""
+    done = run("run/pretrain.py", "--ds_config", ZERO1, *SMALL, "model.keep_ration=0.3")
+    assert_one_line(done, "did you mean 'model.keep_ratio'")
+    assert (done.stdout, done.stderr.count("\n")) == ("", 1)
+
+
+def test_mistakes_that_need_a_manifest(pretrain, motion_videos, tmp_path):
     good = [*SMALL, f"data.train={motion_videos}", f"train.output_dir={tmp_path / 'run'}"]
     assert_one_line(pretrain(*good, ds=tmp_path / "none.json"), "none.json: No such file")
     fp16 = tmp_path / "fp16.json"
@@ -76,6 +86,7 @@ def test_mistakes_that_need_a_manifest(motion_videos, tmp_path):
     assert_one_line(pretrain(*good, ds=lamb), "AdamWW")
 
 
+@pytest.mark.several_ranks
 def test_a_batch_that_the_ranks_cannot_share(motion_videos, tmp_path):
     """Under the launcher: one line in all, from rank 0, and the launcher passes the exit code on."""
     done = deepspeed(
@@ -87,7 +98,7 @@ def test_a_batch_that_the_ranks_cannot_share(motion_videos, tmp_path):
     assert_one_line(done, "global batch 5 is not micro-batch 2 x accumulation 1 x ranks 2 = 4")
 
 
-def test_resuming(motion_videos, tmp_path):
+def test_resuming(pretrain, motion_videos, tmp_path):
     """A finished run is not written over, is not continued as another model, and continues with --resume auto."""
     folder = tmp_path / "run"
     command = [*SMALL, f"data.train={motion_videos}", f"train.output_dir={folder}", "train.log_every_steps=1"]
@@ -105,10 +116,13 @@ def test_resuming(motion_videos, tmp_path):
     assert (folder / "config.until-step-2.yaml").is_file()
     for part in (folder / "checkpoints/step-00000004").glob("*.pt"):
         part.write_bytes(part.read_bytes()[:1000])
-    assert_one_line(pretrain(*command, "--resume", "auto", "train.max_steps=6"), "does not load")
+    spoilt = (*command, "--resume", "auto", "train.max_steps=6")
+    assert_one_line(pretrain(*spoilt), "does not load")
+    # In a process of its own too, which has joined a process group by then and must leave it.
+    assert_one_line(run("run/pretrain.py", "--ds_config", ZERO1, *spoilt), "does not load")
 
 
-def test_mistakes_in_finetuning(motion_videos, tmp_path):
+def test_mistakes_in_finetuning(finetune, motion_videos, tmp_path):
     """Labels, classes and weights that don't go together; each ends before anything is written."""
     folder = tmp_path / "run"
     good = [*SMALL, f"data.train={motion_videos}", f"data.val={motion_videos}", f"train.output_dir={folder}"]
@@ -142,6 +156,9 @@ def test_mistakes_in_finetuning(motion_videos, tmp_path):
     dangerous.write_bytes(pickle.dumps({"model": RunsCode(f"touch {ran}")}))
     refused("nor a state dict", "--from", dangerous)
     assert not ran.exists()
+    # In a process of its own, too.
+    own = run("run/finetune.py", "--ds_config", ZERO1, *good, "--from", weights)
+    assert_one_line(own, "but the classifier knows classes 0 ... 4", "finetune")
 
 
 class RunsCode:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import DS_CONFIGS, ROOT, deepspeed, losses, metrics
+from launching import DS_CONFIGS, Console, losses, metrics, new_console
 from safetensors.torch import load_file
 
 BASE = (
@@ -20,31 +20,30 @@ FP16 = {"enabled": True, "initial_scale_power": 26, "hysteresis": 1}  # a scale 
 STEPS, STOP = 6, 3
 
 
-def spec(folder: Path, manifest: Path, stage: str, precision: str, name: str, *settings: str) -> dict:
+def command(folder: Path, manifest: Path, stage: str, precision: str, name: str, *settings: str) -> list[str | Path]:
     ds = json.loads((DS_CONFIGS / f"{stage}.json").read_text()) | {"bf16": {"enabled": precision == "bf16"}}
     if precision == "fp16":
         ds["fp16"] = FP16
+    file = folder / f"{stage}-{precision}.json"
+    file.write_text(json.dumps(ds))
+    # The schedule spans STEPS in all: a constant rate is the same for either length.
+    flat = ("optim.warmup_steps=0", "optim.min_lr=0.03")
     place = (f"data.train={manifest}", f"train.output_dir={folder / f'{stage}-{precision}-{name}'}")
-    return {"overrides": [*BASE, *place, *settings], "ds": ds}
+    return ["run/pretrain.py", "--ds_config", file, *BASE, *place, *flat, *settings]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, motion_videos: Path) -> Path:
-    """For each case a straight run, and one that stops early and continues in another launch."""
+def runs(tmp_path_factory: pytest.TempPathFactory, motion_videos: Path, two_ranks: Console) -> Path:
+    """For each case a straight run, and one that stops early and continues in processes that know nothing of it."""
     folder = tmp_path_factory.mktemp("resume")
-    first, second = [], []
-    for stage, precision in CASES:
-        common = (folder, motion_videos, stage, precision)
-        # The schedule spans STEPS in both: a constant rate is the same for either length.
-        flat = ("optim.warmup_steps=0", "optim.min_lr=0.03")
-        first.append(spec(*common, "straight", f"train.max_steps={STEPS}", *flat))
-        first.append(spec(*common, "stopped", f"train.max_steps={STOP}", *flat))
-        second.append(spec(*common, "stopped", f"train.max_steps={STEPS}", "train.resume=auto", *flat))
-    for name, specs in (("first", first), ("second", second)):
-        file = folder / f"{name}.json"
-        file.write_text(json.dumps(specs))
-        done = deepspeed(2, ROOT / "tests/e2e/many_runs.py", file)
-        assert done.returncode == 0, done.stderr[-3000:]
+    for case in CASES:
+        two_ranks.succeed(*command(folder, motion_videos, *case, "straight", f"train.max_steps={STEPS}"))
+        two_ranks.succeed(*command(folder, motion_videos, *case, "stopped", f"train.max_steps={STOP}"))
+    with new_console(2, folder / "afresh") as afresh:
+        for case in CASES:
+            afresh.succeed(
+                *command(folder, motion_videos, *case, "stopped", f"train.max_steps={STEPS}"), "--resume", "auto"
+            )
     return folder
 
 

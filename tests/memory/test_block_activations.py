@@ -29,7 +29,7 @@ B, N, D, H = 5, 28, 96, 3  # vit_micro at 48 px: a tenth of 288 tokens are visib
 
 
 def saved_by_a_block(attention: str, precision: str = "fp32") -> int:
-    model = ModelConfig(size="vit_micro", image_size=48, attention=attention)
+    model = ModelConfig(size="vit_micro", image_size=48, decoder_depth=1, attention=attention)
     trace = trace_step(TraceSpec(model=model, precision=precision, device_type="cpu"))
     return trace.saved_bytes("encoder.blocks.1", B)
 

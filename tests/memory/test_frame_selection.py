@@ -12,7 +12,7 @@ from everest_ds.memory.meters import StorageMeter
 from everest_ds.memory.trace import TraceSpec, trace_one_clip, trace_step
 from everest_ds.models import MaskedAutoencoder
 
-OFF = ModelConfig(size="vit_micro", image_size=48, keep_ratio=0.5)
+OFF = ModelConfig(size="vit_micro", image_size=48, decoder_depth=1, keep_ratio=0.5)
 ON = dataclasses.replace(OFF, frame_selection=FrameSelectionConfig(alpha=1.5))
 
 

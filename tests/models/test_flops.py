@@ -1,5 +1,7 @@
 """Forward multiply-accumulates, counted on the real models, against every published figure."""
 
+import functools
+
 import pytest
 from golden_fixtures import facts
 
@@ -28,6 +30,7 @@ FINETUNE = [
 ]
 
 
+@functools.cache
 def count_gmacs(build, config: ModelConfig) -> float:
     return forward_macs(build, config) / 1e9
 
