@@ -68,8 +68,8 @@ SCRATCH = "from scratch"
 LEARNING = Table(
     pretrainings={
         SCRATCH: Pretraining(overrides=None),
-        "from scratch, 5 times as long": Pretraining(
-            overrides=None, shape=("train.max_steps=750", "optim.warmup_steps=75"), finetunings=(MOST,)
+        "from scratch, 3 times as long": Pretraining(
+            overrides=None, shape=("train.max_steps=900", "optim.warmup_steps=90"), finetunings=(MOST,)
         ),
         "EVEREST": Pretraining(finetunings=(MOST, ALL, LEAST)),
         # The controls: Table 16 of the paper in small, and the official positions.
