@@ -10,7 +10,7 @@ from typing import Any
 from everest_ds.config.errors import UserError
 from everest_ds.config.schema import Recipe
 from everest_ds.data.rate import ReadingRate
-from everest_ds.memory.gpus import Gpu, parse_capacity
+from everest_ds.memory.gpus import Gpu, gpu_hint, named_gpu
 from everest_ds.models import build_network, forward_macs
 
 # Two operations per multiply-accumulate; the backward pass has two products for each of the forward's.
@@ -56,10 +56,12 @@ def parse_gpus(text: str) -> tuple[int, Gpu]:
     """
     match = _GPUS.fullmatch(text.strip())
     count = int(match[1] or 1) if match else 0
-    capacity = parse_capacity(match[2]) if match else None
-    if count < 1 or capacity is None or capacity.gpu is None:
-        raise UserError(f"--gpus: expected a number and a GPU, such as 8xA100-80, got '{text}'")
-    return count, capacity.gpu
+    name = match[2] if match else ""
+    gpu = named_gpu(name)
+    if count < 1 or gpu is None:
+        hint = gpu_hint(name) if gpu is None else ""
+        raise UserError(f"--gpus: expected a number and a GPU, such as 8xA100-80, got '{text}'{hint}")
+    return count, gpu
 
 
 def feed(recipe: Recipe, rate: ReadingRate, *, gpus: int, gpu: Gpu, utilisation: float) -> Feed:

@@ -97,21 +97,27 @@ def parse_capacity(text: str) -> Capacity:
     Raises:
         UserError: none of these, or not positive.
     """
-    name = _by_plain_name().get(_plain(text))
-    if name is not None:
-        gpu = GPUS[name]
+    gpu = named_gpu(text)
+    if gpu is not None:
         return Capacity(size_bytes=gpu.memory_bytes, text=gpu.name, gpu=gpu)
     match = _SIZE.fullmatch(text)
     unit = _UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None:
-        raise UserError(f"capacity: '{text}' is neither a size such as 80GiB or 80GB nor a known GPU{_hint(text)}")
+        raise UserError(f"capacity: '{text}' is neither a size such as 80GiB or 80GB nor a known GPU{gpu_hint(text)}")
     size = float(match[1]) * unit
     if not 1 <= size < math.inf:
         raise UserError(f"capacity: must be positive, got '{text}'")
     return Capacity(size_bytes=int(size), text=text.strip())
 
 
-def _hint(text: str) -> str:
+def named_gpu(text: str) -> Gpu | None:
+    """Return the GPU of that name ("A100-80", "rtx 4090"), or None."""
+    name = _by_plain_name().get(_plain(text))
+    return None if name is None else GPUS[name]
+
+
+def gpu_hint(text: str) -> str:
+    """Return what may have been meant, after a name that isn't known."""
     longer = [name for plain, name in _by_plain_name().items() if _plain(text) and plain.startswith(_plain(text))]
     if longer:
         return f"; did you mean {' or '.join(longer)}?"

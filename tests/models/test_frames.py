@@ -177,7 +177,7 @@ def test_the_slots_taken_depend_on_the_noise_behind_the_tokens_alone():
 
 
 def test_slots_that_change_are_taken():
-    # Five of twelve slots change. Fewer tokens than theirs are kept, or slots in which nothing moves would have a share.
+    # Five of twelve slots change; fewer tokens than theirs are kept, or slots in which nothing moves had a share.
     config = dataclasses.replace(ON, keep_ratio=0.4)
     batch = clips(config, 1)
     batch[:, :, 8:] = batch[:, :, 8:9]  # slot 4 differs from slot 3; nothing moves after it

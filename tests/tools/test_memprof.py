@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import statistics
 import sys
 
@@ -75,6 +76,8 @@ def test_plan_prints_a_table_with_sources(capsys, monkeypatch):
         (["plan", "--micro-batch", "4", "--phase", "finetune", "--classes", "1"], "model.classes: must be at least 2"),
         (["plan", "--micro-batch", "4", "--phase", "finetune", "--method", "videomae"], "model.keep_ratio=1.0"),
         (["measure", "--micro-batch", "4", "--ranks", "0"], "--ranks: must be positive"),
+        (["measure", "--micro-batch", "4", "--feed"], "data.train: no training manifest"),
+        (["measure", "--micro-batch", "4", "--feed", "--gpus", "8xABC"], "--gpus: expected"),
     ],
 )
 def test_mistakes_end_with_one_line_and_code_2(arguments, message, capsys, monkeypatch):
@@ -142,9 +145,10 @@ def test_the_whole_matrix():
 
 
 @pytest.mark.slow
-def test_measure_prints_one_json_object():
+def test_measure_prints_one_json_object(motion_videos):
     done = memprof("measure", "--model", "vit_micro", "--micro-batch", "4", "--ranks", "2", "--json", "--ds_config",
-                   DS_CONFIGS / "zero2.json", "model.image_size=48")  # fmt: skip
+                   DS_CONFIGS / "zero2.json", "--feed", "--gpus", "2xH100", "model.image_size=48", "data.stride=1",
+                   f"data.train={motion_videos}")  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     for field in ("rss_growth_bytes", "step_s", "clips_per_s", "flops_per_s", "matmul_flops_per_s"):
@@ -152,3 +156,6 @@ def test_measure_prints_one_json_object():
     assert result["measured_by"] == "tensor storages"
     assert result["residual_bytes"] == result["measured_peak_bytes"] - result["compared_bytes"]
     assert abs(result["residual_bytes"]) < 0.02 * result["measured_peak_bytes"]
+    fed = result["feed"]
+    assert fed["gpu"] == "H100"
+    assert fed["cores"] == math.ceil(fed["wanted_clips_per_s"] / fed["clips_per_s_per_core"])
