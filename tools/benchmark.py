@@ -3,6 +3,7 @@
 import argparse
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -108,11 +109,28 @@ def run_learning(arguments: argparse.Namespace, command: str) -> tuple[list[str]
         pretrain=tuple(arguments.pretrain),
         finetune=tuple(arguments.finetune),
     )
+    # The trainings that it has started end with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     cells = learning.run(settings, say)
     return learning_report.report(cells, settings, command=command), learning_report.as_json(cells, settings)
 
 
 RUNS = {"learning": run_learning, "step": run_step, "data": run_data}
+
+
+def check_writable(path: Path) -> None:
+    """Hear of a mistake before the measurement rather than after it.
+
+    Raises:
+        UserError: no Markdown can be written there.
+    """
+    if path.suffix != ".md":
+        raise UserError(f"--write: name a Markdown file such as FILE.md, got {path}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise UserError(f"--write: cannot write {path}: {error.strerror}") from error
 
 
 def say(line: str) -> None:
@@ -126,6 +144,8 @@ def main() -> int:
     set_up_logging()
     command = "python " + shlex.join(sys.argv)
     with one_line_errors("benchmark"):
+        if arguments.write is not None:
+            check_writable(arguments.write)
         lines, numbers = RUNS[arguments.benchmark](arguments, command)
         from everest_ds.benchmarks import tables  # noqa: PLC0415 - as above
 

@@ -86,11 +86,13 @@ def run_shards(arguments: argparse.Namespace) -> None:
 
 def run_index(arguments: argparse.Namespace) -> None:
     """Write a manifest of shards."""
-    if arguments.out.exists():
+    if os.path.lexists(arguments.out):
         raise UserError(f"--out: {arguments.out} is there already; name another file")
     entries = index(arguments.shards, below=arguments.out.absolute().parent)
     try:
-        arguments.out.write_text(format_manifest(entries), encoding="utf-8")
+        unfinished = arguments.out.with_name(f"{arguments.out.name}.unfinished")
+        unfinished.write_text(format_manifest(entries), encoding="utf-8")
+        unfinished.replace(arguments.out)
     except OSError as error:
         raise UserError(f"--out: cannot write {arguments.out}: {error.strerror}") from error
     print(f"{len(entries)} videos in {len(arguments.shards)} shards: {arguments.out}")

@@ -18,11 +18,13 @@ import torch
 from everest_ds.benchmarks.footage import write_footage
 from everest_ds.benchmarks.reference_data import read_clip
 from everest_ds.benchmarks.tables import Spread
+from everest_ds.config.errors import UserError
 from everest_ds.config.schema import DataConfig, Decoder, ModelConfig, check
 from everest_ds.data.dataset import NO_TIME, ClipDataset
 from everest_ds.data.manifest import Entry, read_manifest
+from everest_ds.data.members import Member
 from everest_ds.data.prepare.rewrite import MANIFEST, Encoding, rewrite
-from everest_ds.data.prepare.scan import Limits
+from everest_ds.data.prepare.scan import BAD, Limits
 from everest_ds.data.prepare.shards import write_shards
 from everest_ds.data.prepare.sources import read_source
 from everest_ds.data.randomness import Stream, generator
@@ -132,12 +134,17 @@ def storage(settings: Settings, say: Callable[[str], None]) -> tuple[list[Entry]
         say(f"originals: {settings.videos} videos in {folder / 'originals'}")
         write_footage(folder / "originals", settings.videos)
     source = read_source(settings.manifest or folder / "originals/videos.csv", None)
+    if any(Member.named(path) for path in source.paths):
+        raise UserError("--manifest: the baseline reads plain files, not members of shards")
     say(f"prepared copies in {folder / 'prepared'}")
     rewrite(source, folder / "prepared", Limits(workers=1, limit_s=_LIMIT_S), Encoding())
     copies = folder / "prepared" / MANIFEST
-    if not (folder / "shards" / MANIFEST).is_file():
-        write_shards(read_source(copies, None), folder / "shards", shard_bytes=_SHARD_BYTES)
-    return list(source.entries), read_manifest(copies), read_manifest(folder / "shards" / MANIFEST)
+    write_shards(read_source(copies, None), folder / "shards", shard_bytes=_SHARD_BYTES)
+    forms = list(source.entries), read_manifest(copies), read_manifest(folder / "shards" / MANIFEST)
+    missing = len(forms[0]) - len(forms[1])
+    if missing:
+        raise UserError(f"--manifest: {missing} of {len(forms[0])} videos can't be read: {folder / 'prepared' / BAD}")
+    return forms
 
 
 def reference(entries: Sequence[Entry]) -> Callable[[int], ReadingRate]:

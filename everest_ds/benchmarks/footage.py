@@ -8,6 +8,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from everest_ds.config.errors import UserError
 from everest_ds.data.manifest import Entry, format_manifest, read_manifest
 from everest_ds.data.randomness import Stream, generator
 
@@ -23,15 +24,25 @@ _OBJECTS = 6
 
 
 def write_footage(folder: Path, count: int, *, seed: int = 0) -> list[Entry]:
-    """Write ``count`` videos into ``folder``, with a manifest, unless it is there already; return its entries."""
+    """Write ``count`` videos into ``folder``, with a manifest, unless it is there already; return its entries.
+
+    Raises:
+        UserError: the folder holds another number of them, or can't be written to.
+    """
     manifest = folder / "videos.csv"
     if not manifest.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
         names = [f"{index:04d}.mp4" for index in range(count)]
-        for index, name in enumerate(names):
-            _encode(folder / name, _frames(generator(Stream.SYNTHETIC, seed, index)))
-        manifest.write_text(format_manifest([Entry(name, None) for name in names]), encoding="utf-8")
-    return read_manifest(manifest)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for index, name in enumerate(names):
+                _encode(folder / name, _frames(generator(Stream.SYNTHETIC, seed, index)))
+            manifest.write_text(format_manifest([Entry(name, None) for name in names]), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--folder: cannot write to {folder}: {error.strerror}") from error
+    entries = read_manifest(manifest)
+    if len(entries) != count:
+        raise UserError(f"--videos: {folder} holds {len(entries)} videos, not {count}; name another --folder")
+    return entries
 
 
 def _world(rng: np.random.Generator, height: int, width: int) -> NDArray[np.float32]:

@@ -7,21 +7,25 @@ run side by side. A run that is there already is not repeated, so an interrupted
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from everest_ds.config.errors import UserError
-from everest_ds.config.load import load_recipe
+from everest_ds.config.finetuning import FinetuneRecipe
+from everest_ds.config.load import load_as, load_recipe
+from everest_ds.config.schema import check
 from everest_ds.data.synthetic import write_set
-from everest_ds.models import MaskedAutoencoder, forward_macs
-from everest_ds.models.weights import WEIGHTS_FILE
+from everest_ds.models import MaskedAutoencoder, forward_backward_macs
 
 ROOT = Path(__file__).parents[2]
 PRETRAIN, FINETUNE = Path("run/recipes/motion.yaml"), Path("run/recipes/motion_finetune.yaml")
@@ -29,6 +33,7 @@ DS_CONFIG = Path("ds_configs/zero0.json")
 UNLABELLED, LABELLED, HELD_OUT = 2000, 100, 400
 MARGIN = 8  # pixels around training videos: crops shift them
 _LOG_LINES = 15
+_POLL_S = 1.0
 
 
 MOST, ALL, LEAST = "most-changing 0.6", "all tokens", "least-changing 0.6"
@@ -109,6 +114,11 @@ class Settings:
     pretrain: tuple[str, ...] = ()
     finetune: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        # Twice the same seed would be two processes in one run directory.
+        check(len(set(self.seeds)) == len(self.seeds), "--seeds", f"each once, got {', '.join(map(str, self.seeds))}")
+        check(self.side_by_side > 0, "--side-by-side", f"must be positive, got {self.side_by_side}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
@@ -139,14 +149,16 @@ def run(settings: Settings, say: Callable[[str], None]) -> list[Cell]:
     Raises:
         UserError: a run failed; its log is named.
     """
+    resolve(settings)
     for seed in settings.seeds:
         write_videos(settings, seed)
     steps = equal_compute_steps(settings)
     say(f"VideoMAE with EVEREST's compute: {steps} steps")
     started = time.monotonic()
+    stop = threading.Event()
     tasks = [(seed, row) for row in settings.table.pretrainings for seed in settings.seeds]
     with concurrent.futures.ThreadPoolExecutor(settings.side_by_side) as pool:
-        futures = {pool.submit(run_row, settings, seed, row, steps): (seed, row) for seed, row in tasks}
+        futures = {pool.submit(run_row, settings, seed, row, steps, stop): (seed, row) for seed, row in tasks}
         try:
             for done, future in enumerate(concurrent.futures.as_completed(futures), start=1):
                 future.result()
@@ -155,12 +167,26 @@ def run(settings: Settings, say: Callable[[str], None]) -> list[Cell]:
                 left = elapsed * (len(tasks) - done) / done
                 say(f"{done} of {len(tasks)}: {row}, seed {seed}; {elapsed / 60:.0f} min, about {left / 60:.0f} left")
         except BaseException:
+            stop.set()
             pool.shutdown(cancel_futures=True)
             raise
     return [
         Cell(pretraining=p, finetuning=f, accuracy={s: accuracy(finetuned(settings, s, p, f)) for s in settings.seeds})
         for p, f in settings.table.cells
     ]
+
+
+def resolve(settings: Settings) -> None:
+    """Resolve every row's recipes.
+
+    Raises:
+        UserError: a key or a value that can't be, before anything has run.
+    """
+    for row in settings.table.pretrainings.values():
+        load_recipe(ROOT / PRETRAIN, [*settings.pretrain, *(row.overrides or ()), *row.shape])
+        for finetuning in row.finetunings:
+            keys = [*settings.finetune, *row.shape, *settings.table.finetunings[finetuning]]
+            load_as(FinetuneRecipe, ROOT / FINETUNE, keys)
 
 
 def write_videos(settings: Settings, seed: int) -> None:
@@ -172,13 +198,13 @@ def write_videos(settings: Settings, seed: int) -> None:
 
 
 def equal_compute_steps(settings: Settings) -> int:
-    """VideoMAE's steps for the multiply-accumulates of EVEREST's: counted on the models, forward passes."""
+    """VideoMAE's steps for the multiply-accumulates of EVEREST's, forward and backward, counted on the models."""
     configs = [load_recipe(ROOT / PRETRAIN, [*settings.pretrain, *method]) for method in ((), _VIDEOMAE)]
-    ours, theirs = (forward_macs(MaskedAutoencoder, config.model) for config in configs)
+    ours, theirs = (forward_backward_macs(MaskedAutoencoder, config.model) for config in configs)
     return round((configs[0].train.max_steps or 0) * ours / theirs)
 
 
-def run_row(settings: Settings, seed: int, row: str, equal_steps: int) -> None:
+def run_row(settings: Settings, seed: int, row: str, equal_steps: int, stop: threading.Event) -> None:
     """Pre-train one seed of one row, if it needs it, and fine-tune in every way that the table has."""
     folder = videos(settings, seed)
     common = [f"train.seed={seed}", f"data.root={folder}"]
@@ -189,7 +215,7 @@ def run_row(settings: Settings, seed: int, row: str, equal_steps: int) -> None:
         steps = [f"train.max_steps={equal_steps}"] if what.equal_compute else []
         place = [f"data.train={folder / 'train.csv'}", f"train.output_dir={output}"]
         overrides = [*settings.pretrain, *what.overrides, *what.shape, *steps]
-        launch("pretrain", PRETRAIN, output, [*common, *place, *overrides])
+        launch("pretrain", PRETRAIN, output, [*common, *place, *overrides], stop)
         source = ["--from", str(output)]
     for finetuning in what.finetunings:
         output = finetuned(settings, seed, row, finetuning)
@@ -199,36 +225,53 @@ def run_row(settings: Settings, seed: int, row: str, equal_steps: int) -> None:
             f"train.output_dir={output}",
         ]
         overrides = [*common, *place, *settings.finetune, *what.shape, *settings.table.finetunings[finetuning]]
-        launch("finetune", FINETUNE, output, [*source, *overrides])
+        launch("finetune", FINETUNE, output, [*source, *overrides], stop)
 
 
-def launch(command: str, recipe: Path, output: Path, arguments: list[str]) -> None:
+def launch(command: str, recipe: Path, output: Path, arguments: list[str], stop: threading.Event) -> None:
     """Run a training command to its end, unless it has ended before; its log goes beside the run directory.
+
+    Once ``stop`` is set, the command is ended, and another isn't started.
 
     Raises:
         UserError: it failed, or an earlier one there had other settings.
     """
-    log, asked = (output.with_name(f"{output.name}.{suffix}") for suffix in ("log", "asked.json"))
+    log, asked, ended = (output.with_name(f"{output.name}.{suffix}") for suffix in ("log", "asked.json", "ended"))
     asking = json.dumps({"recipe": (ROOT / recipe).read_text(encoding="utf-8"), "arguments": arguments}, indent=1)
     if asked.is_file() and asked.read_text(encoding="utf-8") != asking:
         raise UserError(f"learning: {output} was made with other settings ({asked}); choose another --folder")
     log.parent.mkdir(parents=True, exist_ok=True)
     asked.write_text(asking, encoding="utf-8")
-    if (output / WEIGHTS_FILE).is_file():
+    if ended.is_file():
         return
     script = [sys.executable, f"run/{command}.py", "--ds_config", str(DS_CONFIG), "--recipe", str(recipe)]
     with log.open("a", encoding="utf-8") as out:
-        code = subprocess.run(
+        code = wait(
             [*script, "--resume", "auto", *arguments],
+            stop,
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=out,
             stderr=subprocess.STDOUT,
-            check=False,
-        ).returncode
+        )
+    if stop.is_set():
+        return
     if code:
         end = "\n".join(log.read_text(encoding="utf-8").splitlines()[-_LOG_LINES:])
         raise UserError(f"learning: {command} ended with code {code}; the end of {log}:\n{end}")
+    ended.touch()
+
+
+def wait(command: list[str], stop: threading.Event, **options: Any) -> int:
+    """Run a command and return its exit code; it is terminated once ``stop`` is set."""
+    if stop.is_set():
+        return 0
+    with subprocess.Popen(command, **options) as process:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(_POLL_S)
+            if stop.is_set():
+                process.terminate()
 
 
 def videos(settings: Settings, seed: int) -> Path:

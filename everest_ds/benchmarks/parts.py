@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from everest_ds.training import ranks
@@ -33,6 +34,8 @@ def milliseconds(work: Callable[[], None]) -> dict[str, float]:
         work()
     spent = dict.fromkeys([*PARTS, REST], 0.0)
     for event in profiler.key_averages():
+        if event.device_type != DeviceType.CPU:
+            continue  # a kernel: the operator that started it has its time
         part = next((part for part, names in PARTS.items() if event.key.startswith(names)), REST)
         spent[part] += (event.self_cpu_time_total if on_cpu else event.self_device_time_total) / 1000
     return spent

@@ -44,18 +44,24 @@ class ReferenceStep(nn.Module):
     def forward(self, clips: Tensor, noise: Tensor) -> Tensor:
         """Return the loss of normalised clips (B, 3, T, H, W), with noise as in :class:`MaskedAutoencoder`."""
         model = self.model
-        tokens = self._embed(clips)
-        visible, target = self._masks(tokens.detach(), noise)
-        positions = self._copied(model.encoder.positions.table, tokens)
-        seen = (tokens + positions)[visible].reshape(len(clips), -1, tokens.shape[-1])
-        seen = model.encoder_to_decoder(model.encoder.norm(model.encoder.blocks.run(seen)))
-        positions = self._copied(model.decoder.positions.table, seen)
+        encoded, visible, target = self._encode(clips, noise)
+        seen = model.encoder_to_decoder(encoded)
+        positions = model.decoder.positions.table.expand(len(seen), -1, -1).type_as(seen).clone().detach()
         seen = seen + positions[visible].reshape_as(seen)
         hidden = model.mask_token + positions[target].reshape(len(clips), -1, seen.shape[-1])
         decoded = model.decoder.blocks.run(torch.cat([seen, hidden], dim=1))
         prediction = model.decoder.head(model.decoder.norm(decoded[:, -hidden.shape[1] :]))
         targets = self._targets(clips)[target].reshape_as(prediction)
         return F.mse_loss(prediction.float(), targets)
+
+    def _encode(self, clips: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the encoder's output (B, V, D), and the masks: what all tokens took goes with the end of this."""
+        encoder = self.model.encoder
+        tokens = self._embed(clips)
+        visible, target = self._masks(tokens.detach(), noise)
+        tokens = tokens + encoder.positions.table.type_as(tokens).clone().detach()
+        seen = tokens[visible].reshape(len(clips), -1, tokens.shape[-1])
+        return encoder.norm(encoder.blocks.run(seen)), visible, target
 
     def _embed(self, clips: Tensor) -> Tensor:
         layer, (tubelet, patch) = self.model.encoder.patch_embed, self.model.encoder.cut
@@ -69,10 +75,6 @@ class ReferenceStep(nn.Module):
         empty = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         visible, target = (empty.scatter(1, index, True) for index in chosen)
         return visible, target
-
-    @staticmethod
-    def _copied(table: Tensor, like: Tensor) -> Tensor:
-        return table.expand(len(like), -1, -1).type_as(like).clone().detach()
 
     @torch.no_grad()
     def _targets(self, clips: Tensor) -> Tensor:

@@ -21,20 +21,32 @@ from torch import Tensor, nn
 from everest_ds.benchmarks.parts import milliseconds
 from everest_ds.benchmarks.reference_step import ReferenceStep, normalised
 from everest_ds.benchmarks.tables import Spread
+from everest_ds.config.errors import UserError
 from everest_ds.config.finetuning import FinetuneRecipe
 from everest_ds.config.load import load_as
 from everest_ds.config.schema import Recipe, check
 from everest_ds.data.loader import Batch
 from everest_ds.memory.meters import DeviceMeter, StorageMeter
 from everest_ds.memory.objectives import random_batch
-from everest_ds.models import MaskedAutoencoder, VideoClassifier, build_network, forward_macs
+from everest_ds.models import (
+    MaskedAutoencoder,
+    VideoClassifier,
+    build_network,
+    forward_backward_macs,
+    forward_macs,
+)
 from everest_ds.training import ranks
+from everest_ds.training.optim import missing_compiler
+
+Shape = tuple[int, int, int]
+"""Of a matrix product: rows, in, out."""
 
 OURS, COMPILED, REFERENCE = "ours", "compiled", "reference style"
 _CLASSES = 400  # of Kinetics-400, the paper's data set
 _STEP_FLOPS_PER_MAC = 6  # two per multiply-accumulate; the backward pass has two products for each of the forward's
 _LARGEST_SHAPES = 4  # layers whose products make up nearly all of a step
 _PRODUCTS_S = 0.2  # seconds of products of one shape, per round
+_PRODUCTS_IN_A_ROW = 100  # on a GPU, where one product takes less than waiting for it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,12 +130,16 @@ def variants(tasks: Mapping[str, Task], *, compiled: bool) -> list[Variant]:
 
 @dataclass(kw_only=True, eq=False)
 class Runner:
-    """A variant ready to run; ``rounds`` takes its seconds."""
+    """A variant ready to run; ``rounds`` takes its seconds.
+
+    ``flops`` of a step by the published count, ``flops_done`` those that our way takes.
+    """
 
     variant: Variant
     model: MaskedAutoencoder | VideoClassifier
     loss: Callable[[], Tensor]
     flops: int
+    flops_done: int
     rounds: list[float] = field(default_factory=list)
 
     def run(self) -> None:
@@ -136,8 +152,9 @@ class Runner:
 class Row:
     """A variant's result; ``flops_per_s`` by the published count: recomputation and waste earn nothing.
 
-    ``share`` is of the fastest matrix product of the model's own shapes in the same round; ``peak_bytes`` are tensors
-    beyond the parameters, gradients included (None: not seen from outside a compiled graph).
+    ``share`` is of the fastest matrix product of the task's own shapes in the same round, ``done_share`` what it is
+    when only the arithmetic that is done counts; ``peak_bytes`` are tensors beyond the parameters, gradients included
+    (None: not seen from outside a compiled graph).
     """
 
     size: str
@@ -145,6 +162,7 @@ class Row:
     seconds: Spread
     flops_per_s: Spread
     share: Spread
+    done_share: Spread
     peak_bytes: int | None
 
 
@@ -160,12 +178,15 @@ class Ratio:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What came out; ``product_flops_per_s`` by size; ``profiles`` by size, milliseconds by variant and part."""
+    """What came out.
+
+    ``product_flops_per_s`` by size and task; ``profiles`` by size, milliseconds by variant and part.
+    """
 
     settings: Settings
     rows: list[Row]
     ratios: list[Ratio]
-    product_flops_per_s: dict[str, Spread]
+    product_flops_per_s: dict[str, dict[str, Spread]]
     profiles: dict[str, dict[str, dict[str, float]]]
 
     def as_json(self) -> dict[str, Any]:
@@ -179,10 +200,12 @@ def measure(settings: Settings, say: Callable[[str], None]) -> Result:
     Raises:
         UserError: a setting that can't be.
     """
+    if settings.compiled and (missing := missing_compiler()):
+        raise UserError(f"--compiled: {missing}")
     result = Result(settings=settings, rows=[], ratios=[], product_flops_per_s={}, profiles={})
     for size in settings.sizes:
         runners = [prepare(variant, size, settings) for variant in variants(settings.tasks, compiled=settings.compiled)]
-        shapes = largest_shapes(runners[0])
+        shapes = {runner.variant.task: largest_shapes(runner) for runner in runners if runner.variant.style == OURS}
         for runner in runners:
             runner.run()
             say(f"{size}: {runner.variant.name}: ready")
@@ -190,7 +213,8 @@ def measure(settings: Settings, say: Callable[[str], None]) -> Result:
         rates = [_round(runners, shapes, settings.dtype, say, name) for name in names]
         result.rows.extend(_row(size, runner, rates) for runner in runners)
         result.ratios.extend(compare(size, runners, tuple(settings.tasks)))
-        result.product_flops_per_s[size] = Spread.of(rates)
+        by_task = {task: Spread.of([rate[task] for rate in rates]) for task in shapes}
+        result.product_flops_per_s[size] = by_task
         if settings.profiled:
             result.profiles[size] = {runner.variant.name: milliseconds(runner.run) for runner in runners}
     return result
@@ -207,8 +231,13 @@ def prepare(variant: Variant, size: str, settings: Settings) -> Runner:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(settings.dtype)
     batch = random_batch(model, settings.batch, torch.Generator().manual_seed(0))
-    flops = _STEP_FLOPS_PER_MAC * settings.batch * forward_macs(build_network, config)
-    return Runner(variant=variant, model=model, loss=_loss(variant.style, model, batch), flops=flops)
+    return Runner(
+        variant=variant,
+        model=model,
+        loss=_loss(variant.style, model, batch),
+        flops=_STEP_FLOPS_PER_MAC * settings.batch * forward_macs(build_network, config),
+        flops_done=2 * settings.batch * forward_backward_macs(build_network, config),
+    )
 
 
 def _loss(style: str, model: MaskedAutoencoder | VideoClassifier, batch: Batch) -> Callable[[], Tensor]:
@@ -224,14 +253,19 @@ def _loss(style: str, model: MaskedAutoencoder | VideoClassifier, batch: Batch) 
 
 
 def _round(
-    runners: Sequence[Runner], shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype, say: Any, name: str
-) -> float:
-    """Time each variant once; return the rate of the fastest product, in FLOP/s."""
-    rate = max(product_rate(shape, dtype) for shape in shapes)
+    runners: Sequence[Runner],
+    shapes: Mapping[str, Sequence[Shape]],
+    dtype: torch.dtype,
+    say: Callable[[str], None],
+    name: str,
+) -> dict[str, float]:
+    """Time each variant once; return the rate of the fastest product of each task's shapes, in FLOP/s."""
+    rates = {task: max(product_rate(shape, dtype) for shape in of_task) for task, of_task in shapes.items()}
     for runner in runners:
         runner.rounds.append(timed(runner.run))
-    say(f"{name}: {', '.join(f'{runner.rounds[-1]:.2f} s' for runner in runners)}; {rate / 1e9:.0f} GFLOP/s")
-    return rate
+    seconds = ", ".join(f"{runner.rounds[-1]:.2f} s" for runner in runners)
+    say(f"{name}: {seconds}; {', '.join(f'{rate / 1e9:.0f}' for rate in rates.values())} GFLOP/s")
+    return rates
 
 
 def timed(work: Callable[[], Any]) -> float:
@@ -243,9 +277,9 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def largest_shapes(runner: Runner) -> list[tuple[int, int, int]]:
+def largest_shapes(runner: Runner) -> list[Shape]:
     """Return the (rows, in, out) of the linear layers that take most of a step's arithmetic."""
-    seen: Counter[tuple[int, int, int]] = Counter()
+    seen: Counter[Shape] = Counter()
 
     def record(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert isinstance(layer, nn.Linear)
@@ -261,26 +295,28 @@ def largest_shapes(runner: Runner) -> list[tuple[int, int, int]]:
     return [shape for shape, _ in seen.most_common(_LARGEST_SHAPES)]
 
 
-def product_rate(shape: tuple[int, int, int], dtype: torch.dtype) -> float:
+def product_rate(shape: Shape, dtype: torch.dtype) -> float:
     """FLOP/s of the plain matrix product of a (rows, in) and an (in, out) matrix: the fastest of a few."""
     rows, inner, columns = shape
     left, right = (torch.rand(*sides, device=ranks.device()).to(dtype) for sides in ((rows, inner), (inner, columns)))
     left @ right
+    number = 1 if ranks.on_cpu() else _PRODUCTS_IN_A_ROW
     seconds: list[float] = []
     while sum(seconds) < _PRODUCTS_S:
-        seconds.append(timed(lambda: left @ right))
-    return 2 * rows * inner * columns / min(seconds)
+        seconds.append(timed(lambda: [left @ right for _ in range(number)]))
+    return number * 2 * rows * inner * columns / min(seconds)
 
 
-def _row(size: str, runner: Runner, rates: Sequence[float]) -> Row:
+def _row(size: str, runner: Runner, rates: Sequence[Mapping[str, float]]) -> Row:
     speeds = [runner.flops / seconds for seconds in runner.rounds]
-    shares = [speed / rate for speed, rate in zip(speeds, rates, strict=True)]
+    shares = [speed / rate[runner.variant.task] for speed, rate in zip(speeds, rates, strict=True)]
     return Row(
         size=size,
         variant=runner.variant,
         seconds=Spread.of(runner.rounds),
         flops_per_s=Spread.of(speeds),
         share=Spread.of(shares),
+        done_share=Spread.of([share * runner.flops_done / runner.flops for share in shares]),
         peak_bytes=None if runner.variant.style == COMPILED else peak_bytes(runner),
     )
 

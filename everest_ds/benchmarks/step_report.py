@@ -19,20 +19,22 @@ def report(result: Result, *, command: str) -> list[str]:
         "",
         f"Forward pass, loss and backward pass of {asked.batch} random clips in {asked.precision}; every variant in "
         f"turn, {asked.pairs} rounds. Median (least to most). *Share* is of the fastest plain matrix product of the "
-        "model's own four largest shapes, timed in the same round. Arithmetic by the published count: two operations "
-        "per multiply-accumulate, the backward pass twice the forward. *Peak*: tensors beyond the parameters, "
-        "gradients included.",
+        "step's own four largest shapes, timed in the same round. Arithmetic by the published count: two operations "
+        "per multiply-accumulate, the backward pass twice the forward; *done* is the share when only the products that "
+        "our way takes count (pixels get no gradient, nor does the embedding from dropped tokens). *Peak*: tensors "
+        "beyond the parameters, gradients included.",
         "",
-        *tables.markdown(["step", "s", "GFLOP/s", "share", "peak MiB"], [_cells(row) for row in result.rows]),
+        *tables.markdown(["step", "s", "GFLOP/s", "share", "done", "peak MiB"], [_cells(row) for row in result.rows]),
         "",
         *tables.markdown(
             ["ratio of seconds, round by round", "median (least to most)"],
             [[f"{r.size}: {r.numerator} / {r.denominator}", f"{r.spread:.3f}"] for r in result.ratios],
         ),
     ]
-    for size, rate in result.product_flops_per_s.items():
-        giga = tables.Spread.of([value / _GIGA for value in (rate.median, rate.least, rate.most)])
-        lines += ["", f"Fastest matrix product of {size}'s shapes: {giga:.0f} GFLOP/s."]
+    for size, rates in result.product_flops_per_s.items():
+        for task, rate in rates.items():
+            giga = tables.Spread.of([value / _GIGA for value in (rate.median, rate.least, rate.most)])
+            lines += ["", f"Fastest matrix product of {size}'s shapes, {task}: {giga:.0f} GFLOP/s."]
     for size, profile in result.profiles.items():
         lines += ["", f"Where the time of {size} goes, one profiled step:", "", *_profile(profile)]
     return lines
@@ -41,7 +43,14 @@ def report(result: Result, *, command: str) -> list[str]:
 def _cells(row: Row) -> list[str]:
     speed = row.flops_per_s.median / _GIGA
     peak = "" if row.peak_bytes is None else f"{row.peak_bytes / _MIB:.0f}"
-    return [f"{row.size}: {row.variant.name}", f"{row.seconds:.3f}", f"{speed:.0f}", f"{row.share:.2f}", peak]
+    return [
+        f"{row.size}: {row.variant.name}",
+        f"{row.seconds:.3f}",
+        f"{speed:.0f}",
+        f"{row.share:.2f}",
+        f"{row.done_share:.2f}",
+        peak,
+    ]
 
 
 def _profile(columns: dict[str, dict[str, float]]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import io
 import re
@@ -28,13 +29,14 @@ _LONGEST_REASON = 200
 
 
 class DecodeError(Exception):
-    """A file from which the frames could not be read."""
+    """A file from which the frames could not be read; ``passing`` if that may be the storage's fault."""
 
-    def __init__(self, path: str, reason: str) -> None:
-        # Both to Exception: it is rebuilt from its arguments when it comes out of a worker process.
-        super().__init__(path, reason)
+    def __init__(self, path: str, reason: str, passing: bool = False) -> None:
+        # All to Exception: it is rebuilt from its arguments when it comes out of a worker process.
+        super().__init__(path, reason, passing)
         self.path = path
         self.reason = reason
+        self.passing = passing
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
@@ -93,7 +95,8 @@ def open_video(path: str) -> str | io.BytesIO:
     try:
         return io.BytesIO(member.read())
     except (OSError, ValueError) as error:
-        raise DecodeError(path, (getattr(error, "strerror", None) or one_line(error)).lower()) from error
+        passing = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        raise DecodeError(path, (getattr(error, "strerror", None) or one_line(error)).lower(), passing) from error
 
 
 def require_decoder(name: str) -> None:
@@ -150,6 +153,9 @@ class _DecordReader:
     def __init__(self, decord: Any, video: str | io.BytesIO) -> None:
         # One thread: the workers are the parallelism.
         self._reader = decord.VideoReader(video, num_threads=1)
+        if not isinstance(video, str):
+            # decord leaves the file's bytes in a reference cycle: megabytes, which count as few objects.
+            gc.collect(0)
         self._error = decord._ffi.base.DECORDError
 
     def __len__(self) -> int:

@@ -15,6 +15,7 @@ line has no label, a path and a label otherwise (folders of frames are listed so
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from everest_ds.data.members import is_url
 
 LARGEST_LABEL = 2**31 - 1
 _MOST_DIGITS = 12
+UNLISTABLE = "a manifest can't hold its name (not UTF-8, a line break, or a blank at an end)"
 
 _SUFFIX = r"\.(?:mp4|m4v|mov|avi|mkv|webm|mpe?g|mts|ts|wmv|flv|ogv|3gp)"
 _VIDEO = re.compile(rf"{_SUFFIX}$", re.IGNORECASE)
@@ -73,8 +75,8 @@ def read_manifest(path: str | Path, root: str | Path | None = None, *, key: str 
     Raises:
         UserError: the manifest can't be read, lists nothing, or a line makes no sense; names file and line.
     """
-    manifest = Path(path).expanduser()
-    base = str(manifest.parent if root is None else root if is_url(str(root)) else Path(root).expanduser())
+    manifest = Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises for a user who isn't there
+    base = str(manifest.parent if root is None else root if is_url(str(root)) else os.path.expanduser(root))  # noqa: PTH111
     lines = _parse(_read_text(manifest, key), f"{key}: {manifest}")
     if not lines:
         raise UserError(f"{key}: {manifest} lists no video; write one per line: path, 'path label' or 'path,label'")

@@ -7,6 +7,7 @@ bytes where the shard's path is a URL (``https://``, ``s3://``, ``gs://``: whate
 
 from __future__ import annotations
 
+import errno
 import importlib
 import re
 import tarfile
@@ -58,6 +59,8 @@ class Member:
         # With its header, which says whether this is the member that is meant.
         start, stop = max(0, self.start - _HEADER_BYTES), self.start + self.size
         data = _fetch(self.shard, start, stop) if is_url(self.shard) else _read(self.shard, start, stop)
+        if len(data) > stop - start:
+            raise ValueError("its server sends whole files where it is asked for a range of bytes")
         if len(data) != stop - start or not self._is_headed(data[:_HEADER_BYTES]):
             raise ValueError(f"its shard holds something else at {self.start}; index the shards again")
         return data[_HEADER_BYTES:]
@@ -68,9 +71,8 @@ class Member:
         except tarfile.HeaderError:
             return False
         # A longer name is in a header of its own, before this one; one that isn't ASCII may be.
-        names = {self.name, self.name.encode("ascii", "replace").decode()}
-        long = len(self.name.encode("utf-8", "surrogateescape")) > _NAME_BYTES
-        return found.size == self.size and (long or found.name in names)
+        elsewhere = not self.name.isascii() or len(self.name) > _NAME_BYTES
+        return found.size == self.size and (elsewhere or found.name == self.name)
 
 
 def is_url(path: str) -> bool:
@@ -113,8 +115,8 @@ def _fetch(url: str, start: int, stop: int) -> bytes:
     for pause_s in (*_PAUSES_S, None):
         try:
             data: bytes = files.cat_file(path, start=start, end=stop)
-        except FileNotFoundError:
-            raise
+        except FileNotFoundError as error:
+            raise FileNotFoundError(errno.ENOENT, "not found, or not reachable", url) from error
         except Exception as error:
             # Each storage has exceptions of its own.
             if pause_s is None:

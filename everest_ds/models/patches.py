@@ -58,7 +58,11 @@ def normalise(patches: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         (..., 3 * P), ready for the embedding.
     """
-    mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=patches.device)
-    deviation = torch.tensor(IMAGENET_DEFAULT_STD, device=patches.device)
+    mean, deviation = (_filled(values, patches.device) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     scaled = patches.float().mul_((1 / (GREY_LEVELS * deviation)).unsqueeze(-1))
     return scaled.sub_((mean / deviation).unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+def _filled(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return a vector that kernels fill: a copy from the host would make it wait for the device."""
+    return torch.stack([torch.full((), value, device=device) for value in values])

@@ -212,6 +212,7 @@ def save(run: Training, window: Window) -> bool:
     if window.gone_wrong(norm):
         return False
     if run.saved_at != run.step:
-        run.save(run.step)
+        with window.paused():
+            run.save(run.step)
         run.saved_at = run.step
     return True

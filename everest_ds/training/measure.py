@@ -40,7 +40,7 @@ from everest_ds.training.objectives import Objective, objective_for
 _WARM_UP_STEPS = 2
 _WARM_UP_STEPS_ZERO3 = 3
 _FORWARD_AND_BACKWARD = 3  # the backward pass takes two products for each of the forward's
-_MATMUL_SIDE = 1024
+_MATMUL_SIDE, _MATMUL_SIDE_GPU = 1024, 8192  # a GPU is done with the smaller one before it is asked for the next
 _MATMULS, _MATMULS_S = 10, 1.0  # at most so many, and no new one after so many seconds
 
 
@@ -156,12 +156,13 @@ def with_heaviest_mixing(recipe: Recipe) -> Recipe:
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second of square matrix products: the fastest of a few."""
-    left, right = (torch.rand(_MATMUL_SIDE, _MATMUL_SIDE, device=device).to(dtype) for _ in range(2))
+    side = _MATMUL_SIDE if device.type == "cpu" else _MATMUL_SIDE_GPU
+    left, right = (torch.rand(side, side, device=device).to(dtype) for _ in range(2))
     seconds: list[float] = []
     # A CPU without bf16 arithmetic takes seconds for one.
     while len(seconds) < _MATMULS and sum(seconds) < _MATMULS_S:
         seconds.append(_timed(lambda: left @ right))
-    return 2 * _MATMUL_SIDE**3 / min(seconds)
+    return 2 * side**3 / min(seconds)
 
 
 def _timed(work: Any) -> float:

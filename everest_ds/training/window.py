@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from everest_ds.data.dataset import NO_TIME, ReadingTime
@@ -61,7 +62,8 @@ class Window:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time inside out: validation is no training step."""
+        """Leave the time inside out: validating and saving are no training steps."""
+        get_accelerator().synchronize()  # steps under way are training's time
         start = time.perf_counter()
         yield
         self._opened += time.perf_counter() - start

@@ -48,9 +48,10 @@ def test_the_baseline_reads_the_clips_that_we_read(some_videos: Path):
 def result(some_videos: Path, tmp_path_factory: pytest.TempPathFactory) -> data.Result:
     threads = torch.get_num_threads()
     settings = Settings(folder=tmp_path_factory.mktemp("data"), manifest=some_videos, views=2, pairs=2)
-    measured = data.measure(settings, lambda line: None)
-    torch.set_num_threads(threads)
-    return measured
+    try:
+        return data.measure(settings, lambda line: None)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_every_form_is_read_and_compared(result: data.Result):
@@ -87,6 +88,15 @@ def test_mistakes(tmp_path: Path, key: str):
         Settings(folder=tmp_path, **{key: 0})
 
 
+def test_videos_that_can_not_be_read(some_videos: Path, tmp_path: Path):
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    manifest = tmp_path / "videos.csv"
+    good = [entry.path for entry in read_manifest(some_videos)]
+    manifest.write_text(format_manifest([Entry(path, None) for path in [*good, str(tmp_path / "bad.mp4")]]))
+    with pytest.raises(UserError, match="--manifest: 1 of 5 videos can't be read"):
+        data.storage(Settings(folder=tmp_path / "out", manifest=manifest), lambda line: None)
+
+
 def test_footage_is_like_a_cameras(tmp_path: Path):
     (entry,) = write_footage(tmp_path, 1)
     with av.open(entry.path) as video:
@@ -98,3 +108,7 @@ def test_footage_is_like_a_cameras(tmp_path: Path):
     written = Path(entry.path).stat().st_mtime_ns
     assert write_footage(tmp_path, 1) == [Entry(entry.path, None)]
     assert Path(entry.path).stat().st_mtime_ns == written
+    with pytest.raises(UserError, match=r"--videos: .* holds 1 videos, not 2"):
+        write_footage(tmp_path, 2)
+    with pytest.raises(UserError, match="--folder: cannot write to"):
+        write_footage(Path(entry.path) / "in a file", 1)

@@ -55,13 +55,21 @@ def test_the_peak_holds_gradients_and_the_reference_takes_more(result):
 
 def test_rates_are_arithmetic_over_time(result):
     row = result.rows[0]
+    assert row.done_share.median < row.share.median
     # Slowest step, slowest rate.
     assert row.flops_per_s.least * row.seconds.most == pytest.approx(row.flops_per_s.most * row.seconds.least)
 
 
 def test_ratios_are_taken_round_by_round():
     runners = [
-        Runner(variant=Variant(task=task, style="ours", attention="fused"), model=None, loss=None, flops=1, rounds=r)
+        Runner(
+            variant=Variant(task=task, style="ours", attention="fused"),
+            model=None,
+            loss=None,
+            flops=1,
+            flops_done=1,
+            rounds=r,
+        )
         for task, r in (("EVEREST", [1.0, 2.0, 30.0]), ("VideoMAE", [2.0, 4.0, 40.0]))
     ]
     (ratio,) = step.compare("vit_base", runners, ("EVEREST", "VideoMAE"))

@@ -8,7 +8,8 @@ from golden_fixtures import facts
 from everest_ds.config.finetuning import ClassifierConfig
 from everest_ds.config.schema import FrameSelectionConfig, ModelConfig
 from everest_ds.models import MaskedAutoencoder, VideoClassifier
-from everest_ds.models.flops import forward_macs
+from everest_ds.models.flops import forward_backward_macs, forward_macs
+from everest_ds.tokens import TokenBudget
 
 SIZE = {"S": "vit_small", "B": "vit_base", "L": "vit_large"}
 KINETICS_CLASSES = 400
@@ -70,6 +71,15 @@ def test_frame_selection_embeds_the_candidates_and_costs_nothing_else():
     on = ModelConfig(size="vit_base", keep_ratio=0.5, frame_selection=FrameSelectionConfig(alpha=1.5))
     more_tokens, width, pixels = (12 - 8) * 196, 768, 3 * 2 * 16 * 16
     assert forward_macs(MaskedAutoencoder, on) - forward_macs(MaskedAutoencoder, off) == more_tokens * width * pixels
+
+
+@pytest.mark.parametrize("method", ["everest", "videomae"])
+def test_the_backward_pass_has_two_products_for_each_but_the_embeddings(method):
+    config = ModelConfig(size="vit_micro", method=method, image_size=64)
+    budget, width, pixels = TokenBudget.for_pretraining(config), 96, 3 * config.tubelet * config.patch**2
+    without = budget.total + (budget.total - budget.visible)  # no gradient of pixels, none from tokens not embedded
+    counted = forward_backward_macs(MaskedAutoencoder, config)
+    assert counted == 3 * forward_macs(MaskedAutoencoder, config) - without * width * pixels
 
 
 @pytest.mark.parametrize("method", ["everest", "videomae"])

@@ -39,7 +39,10 @@ Thumbnail = NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class Examined:
-    """What is known of a file; ``reason`` says what is wrong with it, None: nothing. None elsewhere: not known."""
+    """What is known of a file; ``reason`` says what is wrong with it, None: nothing. None elsewhere: not known.
+
+    ``passing``: another look may well find something else.
+    """
 
     frames: int | None = None
     width: int | None = None
@@ -49,6 +52,7 @@ class Examined:
     codec: str | None = None
     compared: int = 0
     reason: str | None = None
+    passing: bool = False
 
 
 def examine(path: str, decoder: str = "decord") -> Examined:
@@ -67,7 +71,7 @@ def examine(path: str, decoder: str = "decord") -> Examined:
         reason = _difference(asked, given, truth, counted["frames"])
         return dataclasses.replace(found, **counted, compared=len(asked), reason=reason)
     except DecodeError as error:
-        return dataclasses.replace(found, reason=error.reason)
+        return dataclasses.replace(found, reason=error.reason, passing=error.passing)
     except Exception as error:
         # Whatever a library makes of a strange file: the other files are still to be looked at.
         return dataclasses.replace(found, reason=f"{type(error).__name__}: {one_line(error)}")

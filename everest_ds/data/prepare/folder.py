@@ -7,11 +7,12 @@ list that changes is kept under a number beside the new one.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -58,7 +59,9 @@ class WorkFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._log.close()
+        # What it could not write it has said.
+        with contextlib.suppress(OSError):
+            self._log.close()
         self._lock.close()
 
     def unchanged(self, path: str, status: tuple[int, int] | None) -> Record | None:
@@ -71,26 +74,38 @@ class WorkFolder:
     def add(self, path: str, status: tuple[int, int] | None, *, settled: bool, **facts: Any) -> Record:
         """Write down what was found out about a file, and return it."""
         record = {"path": path, **_stamp(status), "settled": settled, **facts}
-        self._log.write(json.dumps(record) + "\n")
-        self._log.flush()
+        with self._said():
+            self._log.write(json.dumps(record) + "\n")
+            self._log.flush()
         return record
 
     def finish(self, records: Iterable[Record]) -> None:
         """Leave exactly these records, in this order."""
-        with self._unfinished(FILES).open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
-        self._unfinished(FILES).replace(self.path / FILES)
+        with self._said():
+            with self._unfinished(FILES).open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+            self._unfinished(FILES).replace(self.path / FILES)
 
     def write(self, name: str, text: str) -> Path:
         """Write a list; another one of that name stays, as ``name.1.csv`` and so on. Return where it is."""
         path = self.path / name
-        if path.exists():
-            if path.read_bytes() == text.encode("utf-8", "backslashreplace"):
+        with self._said():
+            if path.exists() and path.read_bytes() == text.encode("utf-8", "backslashreplace"):
                 return path
-            path.rename(self._free(path))
-        self._unfinished(name).write_text(text, encoding="utf-8", errors="backslashreplace")
-        self._unfinished(name).replace(path)
+            self._unfinished(name).write_text(text, encoding="utf-8", errors="backslashreplace")
+            if path.exists():
+                path.rename(self._free(path))
+            self._unfinished(name).replace(path)
         return path
+
+    @contextlib.contextmanager
+    def _said(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"--out: cannot write to {self.path}: {error.strerror}; the same command goes on from here"
+            ) from error
 
     def _free(self, path: Path) -> Path:
         names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
@@ -101,14 +116,15 @@ class WorkFolder:
 
     def _claim(self) -> TextIO:
         """Return the settings' file, locked: that of a new folder is written, that of an old one compared."""
-        record = self.path / SETTINGS
+        record, unfinished = self.path / SETTINGS, self._unfinished(SETTINGS)
         if record.exists():
             self._compare(record)
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif self.path.exists() and (not self.path.is_dir() or set(self.path.iterdir()) - {unfinished}):
             raise UserError(f"--out: {self.path} is there already and holds something else; name another folder")
         else:
             self.path.mkdir(parents=True, exist_ok=True)
-            record.write_text(json.dumps(self._settings, indent=1) + "\n", encoding="utf-8")
+            unfinished.write_text(json.dumps(self._settings, indent=1) + "\n", encoding="utf-8")
+            unfinished.replace(record)
         lock = record.open("a")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -7,6 +7,7 @@ process that is stuck nor go on after one has died; this does both, and says whi
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import multiprocessing
 import os
@@ -27,6 +28,8 @@ Result = TypeVar("Result")
 _NOTHING = object()
 # One that has closed its end of the pipe is about to have an exit code of its own.
 _DYING_S = 2.0
+_LONGEST_WAIT_S = 86400.0
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class Lost(NamedTuple):
@@ -78,7 +81,8 @@ def _go_on(team: list[_Worker], worker: _Worker, waiting: deque[Any], limit_s: f
 
 
 def _seconds_to(deadline: float) -> float | None:
-    return None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+    # No longer than the system can wait; nothing happens when it has.
+    return None if deadline == math.inf else min(_LONGEST_WAIT_S, max(0.0, deadline - time.monotonic()))
 
 
 class _Worker:
@@ -88,8 +92,13 @@ class _Worker:
         # Not forked: the caller may have threads running, and decoders don't survive it.
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, task), daemon=True)
-        self._process.start()
+        self._process = context.Process(target=_serve, args=(theirs, task, os.getpid()), daemon=True)
+        # Ctrl-C reaches the whole process group; the parent decides what happens, also while this one starts.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self.task = task
         self.item: Any = _NOTHING
@@ -137,13 +146,19 @@ def _ending(code: int | None) -> str:
         return f"signal {-code}"
 
 
-def _serve(pipe: Connection, task: Callable[[Any], Any]) -> None:
-    # Ctrl-C reaches the whole process group; the parent decides what happens.
+def _die_with(parent: int) -> None:
+    """End this process when its parent ends, however that ends: another call may be at the same files then."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _serve(pipe: Connection, task: Callable[[Any], Any], parent: int) -> None:
+    _die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe.send((None, None))
     # Decoders write about broken files; what matters comes by the pipe.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    # The pipe closes when the parent ends, however it ends.
     with contextlib.suppress(EOFError, OSError):
         while True:
             item = pipe.recv()

@@ -24,11 +24,11 @@ from av.video.reformatter import ColorRange, Colorspace
 from everest_ds.config.errors import UserError
 from everest_ds.config.progress import CountLine
 from everest_ds.data.decode import DecodeError, one_line
-from everest_ds.data.manifest import Entry, can_list, format_manifest
+from everest_ds.data.manifest import UNLISTABLE, Entry, can_list, format_manifest
 from everest_ds.data.members import Member, is_url
 from everest_ds.data.prepare import jobs
 from everest_ds.data.prepare.folder import Record, WorkFolder, status_of
-from everest_ds.data.prepare.scan import BAD, UNLISTABLE, Limits, format_bad
+from everest_ds.data.prepare.scan import BAD, Limits, format_bad
 from everest_ds.data.prepare.sequential import ONE_THREAD, Video, opened, quarters, upright
 from everest_ds.data.prepare.sources import Source
 
@@ -78,12 +78,13 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Rewritten:
-    """A copy, or the ``reason`` why there is none."""
+    """A copy, or the ``reason`` why there is none; ``passing``: another try may well succeed."""
 
     frames: int | None = None
     width: int | None = None
     height: int | None = None
     reason: str | None = None
+    passing: bool = False
 
 
 def rewrite(source: Source, out: Path, limits: Limits, encoding: Encoding) -> dict[str, int]:
@@ -180,10 +181,9 @@ def _records(todo: dict[str, Job], folder: WorkFolder, limits: Limits, encoding:
         for done, (job, result) in enumerate(outcomes, start=1):
             if isinstance(result, jobs.Lost):
                 _unfinished(job).unlink(missing_ok=True)
-                found, settled = Rewritten(reason=result.reason), False
-            else:
-                found, settled = result, True
+            found = Rewritten(reason=result.reason, passing=True) if isinstance(result, jobs.Lost) else result
             facts = {"target": _below(folder, job), **asdict(found)}
+            settled = not facts.pop("passing")
             records[job.path] = folder.add(job.path, status[job.path], settled=settled, **facts)
             progress(done, len(rest))
     return {path: records[path] for path in todo}
@@ -208,12 +208,13 @@ def rewrite_video(job: Job, encoding: Encoding) -> Rewritten:
         _unfinished(job).replace(job.target)
         return done
     except DecodeError as error:
-        return Rewritten(reason=error.reason)
+        return Rewritten(reason=error.reason, passing=error.passing)
     except Exception as error:
         if getattr(error, "errno", None) in _FULL:
             raise UserError(f"--out: no room left for {job.target}; the same command goes on from here") from error
         # Whatever a library makes of a strange file: the other files are still to be done.
-        return Rewritten(reason=f"{type(error).__name__}: {one_line(error)}")
+        passing = isinstance(error, OSError) and not isinstance(error, av.FFmpegError)
+        return Rewritten(reason=f"{type(error).__name__}: {one_line(error)}", passing=passing)
     finally:
         _unfinished(job).unlink(missing_ok=True)
 
@@ -261,7 +262,9 @@ def _shown_size(frame: Any) -> tuple[int, int]:
 def _rate(video: Video) -> Fraction:
     rate = video.stream.average_rate
     # Some files claim the ticks of their clock.
-    return rate.limit_denominator(1001) if rate and 0 < rate <= _HIGHEST_RATE else Fraction(_USUAL_RATE)
+    if not rate or not 0 < rate <= _HIGHEST_RATE:
+        return Fraction(_USUAL_RATE)
+    return rate.limit_denominator(1001) or rate  # a frame an hour is a rate, too
 
 
 def _prepared(frame: Any, width: int, height: int) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 from everest_ds.config.progress import CountLine
 from everest_ds.data.decode import require_decoder
-from everest_ds.data.manifest import can_list, format_manifest
+from everest_ds.data.manifest import UNLISTABLE, can_list, format_manifest
 from everest_ds.data.prepare import jobs
 from everest_ds.data.prepare.examine import WRONG_FRAMES, Examined, examine
 from everest_ds.data.prepare.folder import Record, WorkFolder, status_of
@@ -23,7 +23,6 @@ from everest_ds.data.prepare.sources import Source
 GOOD, BAD, SUMMARY = "good.csv", "bad.csv", "summary.json"
 # Raise it whenever the same file would get another record.
 _VERSION = 1
-UNLISTABLE = "a manifest can't hold its name (not UTF-8, a line break, or a blank at an end)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +70,10 @@ def _records(source: Source, folder: WorkFolder, limits: Limits, decoder: str) -
         look = partial(_look, decoder=decoder)
         outcomes = jobs.run(look, todo, workers=limits.workers, limit_s=limits.limit_s)
         for done, (path, result) in enumerate(outcomes, start=1):
-            if isinstance(result, jobs.Lost):
-                found, settled = Examined(reason=result.reason), False
-            else:
-                found, settled = result, True
-            records[path] = folder.add(path, status[path], settled=settled, **asdict(found))
+            found = Examined(reason=result.reason, passing=True) if isinstance(result, jobs.Lost) else result
+            facts = asdict(found)
+            settled = not facts.pop("passing")
+            records[path] = folder.add(path, status[path], settled=settled, **facts)
             progress(done, len(todo))
     return {path: records[path] for path in paths}
 

@@ -7,6 +7,7 @@ by itself and nothing that holds for files changes: the order of samples, resumi
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import importlib
 import itertools
@@ -19,7 +20,8 @@ from typing import Any, NamedTuple
 
 from everest_ds.config.errors import UserError
 from everest_ds.config.progress import CountLine
-from everest_ds.data.manifest import Entry, can_list, format_manifest, is_video
+from everest_ds.data.decode import one_line
+from everest_ds.data.manifest import LARGEST_LABEL, UNLISTABLE, Entry, can_list, format_manifest, is_video
 from everest_ds.data.members import Member, filesystem, is_url
 from everest_ds.data.prepare.folder import Record, WorkFolder, status_of
 from everest_ds.data.prepare.sources import Source
@@ -77,7 +79,8 @@ def _packed(source: Source) -> Iterator[Packed]:
     keys: set[str] = set()
     for entry in source.entries:
         status = None if is_url(entry.path) or Member.named(entry.path) else status_of(entry.path)
-        if not status or not status[0] or not is_video(entry.path) or not can_list(entry.path):
+        named = is_video(entry.path) and os.path.splitext(entry.path)[1]  # noqa: PTH122 - of text; ".mp4" has none
+        if not status or not status[0] or not named or not can_list(entry.path):
             raise UserError(
                 f"SOURCE: {entry.path} is no file with a video in it; scan the set and pack what is in good.csv"
             )
@@ -121,6 +124,9 @@ def _shard(folder: WorkFolder, path: Path, videos: list[Packed], writer: Any) ->
                 label = {} if video.label is None else {_LABEL: str(video.label).encode()}
                 extension = os.path.splitext(video.path)[1][1:].lower()  # noqa: PTH122
                 tar.write({"__key__": video.key, extension: Path(video.path).read_bytes(), **label})
+        # The folder may have been moved, so that nothing is known of it.
+        if path.exists() and known is None and not filecmp.cmp(unfinished, path, shallow=False):
+            raise UserError(f"--out: {path} holds other videos than those of this source now; name another folder")
         unfinished.replace(path)
     except OSError as error:
         where = error.filename or path
@@ -165,14 +171,23 @@ def _index_one(shard: str, below: Path) -> list[Entry]:
                     labels[key] = _label(tar, info, shard)
                 elif is_video(info.name):
                     members.append((key, Member(shard=name, start=info.offset_data, size=info.size, name=info.name)))
+            _check_end(file, tar, shard)
     except tarfile.TarError as error:
         raise UserError(
             f"{shard}: {error}; shards are plain tar files (in compressed ones no place is known)"
         ) from error
+    except UserError:
+        raise
     except OSError as error:
-        raise UserError(f"{shard}: {error.strerror or error}") from error
+        raise UserError(f"{shard}: {error.strerror or one_line(error)}") from error
+    except Exception as error:
+        # Each storage has exceptions of its own.
+        raise UserError(f"{shard}: {type(error).__name__}: {one_line(error)}") from error
     if not members:
         raise UserError(f"{shard} holds no file with the name of a video, such as key.mp4")
+    unlistable = next((member.name for _, member in members if not can_list(str(member))), None)
+    if unlistable is not None:
+        raise UserError(f"{shard}: {unlistable!a}: {UNLISTABLE}")
     return [Entry(str(member), labels.get(key)) for key, member in members]
 
 
@@ -187,9 +202,20 @@ def _label(tar: tarfile.TarFile, info: tarfile.TarInfo, shard: str) -> int:
     file = tar.extractfile(info)
     text = b"" if file is None else file.read()
     try:
-        return int(text)
+        label = int(text)
     except ValueError:
         raise UserError(f"{shard}: {info.name} holds no whole number: {text[:20]!r}") from None
+    if not 0 <= label <= LARGEST_LABEL:
+        raise UserError(f"{shard}: {info.name} holds {label}, which is not in 0 ... {LARGEST_LABEL}")
+    return label
+
+
+def _check_end(file: Any, tar: tarfile.TarFile, shard: str) -> None:
+    """Raise unless the tar file ends where its members end: tarfile stops without a word at a damaged header."""
+    file.seek(tar.offset)
+    # Zeros to the end of a record of 10 KiB; more would be another tar file's.
+    if file.read(2 * tarfile.RECORDSIZE).strip(b"\0"):
+        raise UserError(f"{shard}: damaged, or another tar file, at byte {tar.offset}; write it anew")
 
 
 def _webdataset(module: str) -> Any:

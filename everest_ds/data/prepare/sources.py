@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 from everest_ds.config.errors import UserError
 from everest_ds.data.manifest import Entry, is_video, read_manifest
-from everest_ds.data.members import is_url
+from everest_ds.data.members import Member, is_url
 
 _KEY = "SOURCE"
 
@@ -40,8 +41,8 @@ def read_source(path: Path, root: str | None = None) -> Source:
     Raises:
         UserError: the manifest can't be read, or the folder holds no video.
     """
-    path = path.expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises for a user who isn't there
+    if os.path.isdir(path):  # noqa: PTH112 - pathlib's raises for a path that may not be looked at
         if root is not None:
             raise UserError(f"--root: {path} is a folder; a root is for manifests")
         entries = [Entry(video, None) for video in _find(os.path.abspath(path))]  # noqa: PTH100 - resolve() follows links
@@ -51,21 +52,33 @@ def read_source(path: Path, root: str | None = None) -> Source:
     else:
         listed = read_manifest(path, root, key=_KEY)
         entries = [Entry(_absolute(entry.path), entry.label) for entry in listed]
-        base = path.parent if root is None else Path(root).expanduser()
+        base = path.parent if root is None else Path(os.path.expanduser(root))  # noqa: PTH111
         if root is not None and is_url(root):
             return Source(entries=entries, name=str(path.absolute()), base=root)
     return Source(entries=entries, name=str(path.absolute()), base=os.path.abspath(base))  # noqa: PTH100
 
 
 def _absolute(path: str) -> str:
-    return path if is_url(path) else os.path.abspath(path)  # noqa: PTH100
+    if is_url(path):
+        return path
+    member = Member.named(path)
+    # A member's name stays as its shard has it.
+    return os.path.abspath(path) if member is None else str(replace(member, shard=os.path.abspath(member.shard)))  # noqa: PTH100
 
 
 def _find(folder: str) -> list[str]:
     """Return everything under a folder, links followed, that has the name of a video and isn't a folder; sorted."""
+
+    def failed(error: OSError) -> NoReturn:
+        # Not skipped: a part of the set would be missing without a word.
+        raise UserError(f"{_KEY}: cannot list {error.filename}: {error.strerror}") from error
+
     found, seen = [], set()
-    for here, folders, files in os.walk(folder, followlinks=True):
-        status = os.stat(here)  # noqa: PTH116
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=failed):
+        try:
+            status = os.stat(here)  # noqa: PTH116
+        except OSError as error:
+            failed(error)
         # A link that leads back up would be followed for ever.
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -62,6 +65,36 @@ def test_processes_end_with_the_loop(tmp_path: Path) -> None:
     # The resource tracker of multiprocessing stays.
     named = [Path(f"/proc/{pid}/cmdline").read_text() for pid in children.read_text().split()]
     assert not any("spawn_main" in name for name in named)
+
+
+def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    """Or they would write what the next call is writing."""
+    tasks = tmp_path / "tasks.py"
+    tasks.write_text(
+        "import os, pathlib, sys, time\n"
+        "from everest_ds.data.prepare.jobs import run\n"
+        "def work(item):\n"
+        "    pathlib.Path(item).write_text(str(os.getpid()))\n"
+        "    time.sleep(600)\n"
+        "if __name__ == '__main__':\n"
+        "    list(run(work, [sys.argv[1]], workers=1, limit_s=1000))\n"
+    )
+    begun = tmp_path / "begun"
+    with subprocess.Popen([sys.executable, tasks, begun]) as parent:
+        wait_for(lambda: begun.exists() and begun.read_text())
+        parent.kill()
+    wait_for(lambda: not Path(f"/proc/{begun.read_text()}").exists())
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_limit_may_be_longer_than_the_system_can_wait() -> None:
+    assert outcomes(["a"], limit_s=3e6) == {"a": "A"}
 
 
 def test_a_process_that_can_not_start_is_no_file_s_fault() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -224,6 +225,27 @@ class TestAgain:
     def test_what_took_too_long_leaves_nothing_and_is_tried_again(self, folder: Path) -> None:
         assert self.rewrite(folder, Limits(workers=1, limit_s=1e-6)) == []
         assert self.rewrite(folder) == ["b.mp4", "one, two.mp4"]
+
+
+def test_a_storage_that_fails_is_no_bad_video(
+    tmp_path: Path, videos: list[Entry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(*_: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(module, "_encode", stale)
+    found = rewrite_video(Job(videos[0].path, str(tmp_path / "copy.mp4")), SMALL)
+    assert (found.passing, found.reason) == (True, "OSError: [Errno 116] Stale file handle")
+
+
+def test_rates(tmp_path: Path) -> None:
+    for rate, expected in (
+        (Fraction(1, 3600), Fraction(1, 3600)),
+        (Fraction(90000), 25),
+        (None, 25),
+        (Fraction(24), 24),
+    ):
+        assert module._rate(SimpleNamespace(stream=SimpleNamespace(average_rate=rate))) == expected
 
 
 def test_two_videos_of_one_name(tmp_path: Path, videos: list[Entry]) -> None:

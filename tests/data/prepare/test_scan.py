@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from video_files import OPEN_GOP, moving_frames, write_video
@@ -15,6 +17,7 @@ from everest_ds.config.errors import UserError
 from everest_ds.data.manifest import Entry, read_manifest
 from everest_ds.data.prepare import scan as module
 from everest_ds.data.prepare.examine import WRONG_FRAMES
+from everest_ds.data.prepare.folder import WorkFolder
 from everest_ds.data.prepare.scan import Limits, scan
 from everest_ds.data.prepare.sources import Source, read_source
 
@@ -180,6 +183,43 @@ class TestAgain:
                 scan(source, out, LIMITS)
             other.communicate("\n")
         scan(source, out, LIMITS)
+
+
+def test_a_folder_that_can_not_be_listed_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refused(path: str) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "a.mp4").touch()
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(UserError, match=r"^SOURCE: cannot list .*: Permission denied$"):
+        read_source(tmp_path)
+
+
+def test_a_full_disk_ends_it_in_one_line(tmp_path: Path, videos: list[Entry]) -> None:
+    (tmp_path / "videos").mkdir()
+    shutil.copy(videos[0].path, tmp_path / "videos" / "a.mp4")
+    words = [*map(str, ("tools/prepare_videos.py", "scan", tmp_path / "videos", "--out", tmp_path / "out"))]
+    code = (
+        f"import resource, runpy, signal, sys; sys.argv = {words}; sys.path.insert(0, 'tools')\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60, 60))\n"  # bytes that a file may have
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    done = run("-c", code)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"prepare_videos: error: --out: cannot write to {tmp_path}/out")
+    assert "Traceback" not in done.stderr
+    assert run(*words).returncode == 0
+
+
+def test_a_record_that_can_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with WorkFolder(tmp_path / "out", {}) as folder:
+        monkeypatch.setattr(folder, "_log", SimpleNamespace(write=full, close=lambda: None))
+        with pytest.raises(UserError, match=r"^--out: cannot write to .*: No space left on device; the same command"):
+            folder.add("a.mp4", None, settled=True)
 
 
 def test_names_that_a_manifest_can_not_hold(tmp_path: Path, videos: list[Entry]) -> None:

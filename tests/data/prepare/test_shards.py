@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import http.server
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import webdataset
@@ -25,6 +27,7 @@ from everest_ds.data.decode import DecodeError, decode
 from everest_ds.data.loader import Batch, StepSampler, build_loader
 from everest_ds.data.manifest import Entry, format_manifest, read_manifest
 from everest_ds.data.members import Member
+from everest_ds.data.prepare import scan as scan_module
 from everest_ds.data.prepare.examine import examine
 from everest_ds.data.prepare.rewrite import Encoding, rewrite
 from everest_ds.data.prepare.scan import Limits, scan
@@ -32,6 +35,7 @@ from everest_ds.data.prepare.shards import index, write_shards
 from everest_ds.data.prepare.sources import Source, read_source
 
 ROOT = Path(__file__).parents[3]
+MIB = 2**20
 
 
 def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
@@ -144,6 +148,21 @@ class TestOurs:
         assert (tmp_path / "manifest.csv").read_text() == manifest
         assert not list(tmp_path.glob("*.unfinished"))
 
+    def test_shards_that_were_moved_are_not_overwritten_by_others(self, videos: list[Entry], tmp_path: Path) -> None:
+        folder = tmp_path / "set"
+        folder.mkdir()
+        shutil.copy(videos[0].path, folder / "a.mp4")
+        write_shards(read_source(folder), tmp_path / "out", shard_bytes=1)
+        # Copied without times, and the source's file is another by now.
+        os.utime(tmp_path / "out" / "shard-000000.tar", (1, 1))
+        assert write_shards(read_source(folder), tmp_path / "out", shard_bytes=1)["videos"] == 1
+        os.utime(tmp_path / "out" / "shard-000000.tar", (1, 1))
+        kept = (tmp_path / "out" / "shard-000000.tar").read_bytes()
+        shutil.copy(videos[1].path, folder / "a.mp4")
+        with pytest.raises(UserError, match="holds other videos"):
+            write_shards(read_source(folder), tmp_path / "out", shard_bytes=1)
+        assert (tmp_path / "out" / "shard-000000.tar").read_bytes() == kept
+
     def test_shards_of_what_has_changed_are_refused(self, videos: list[Entry], tmp_path: Path) -> None:
         shutil.copy(videos[0].path, tmp_path / "a.mp4")
         write_shards(read_source(tmp_path), tmp_path / "out", shard_bytes=1)
@@ -219,13 +238,29 @@ class TestAnybodys:
                     file.addfile(info, io.BytesIO(content))
             return [str(path)]
 
+        def joined(one: list[str], other: list[str]) -> list[str]:
+            Path(one[0]).write_bytes(Path(one[0]).read_bytes() + Path(other[0]).read_bytes())
+            return one
+
+        def damaged(shards: list[str]) -> list[str]:
+            content = bytearray(Path(shards[0]).read_bytes())
+            header = content.index(b"b.mp4")
+            content[header : header + 512] = b"\1" * 512
+            Path(shards[0]).write_bytes(content)
+            return shards
+
         video = Path(videos[0].path).read_bytes()
         for shards, told in (
             ([str(tmp_path / "none.tar")], "none.tar: No such file or directory"),
+            (["http://127.0.0.1:9/x.tar"], "http://127.0.0.1:9/x.tar: "),
             (tar("w:gz", a_mp4=video), "shards are plain tar files"),
             (tar("w", a_txt=b"1"), "holds no file with the name of a video"),
             (tar("w", a_mp4=video, a_cls=b"cat"), "a.cls holds no whole number: b'cat'"),
+            (tar("w", a_mp4=video, a_cls=b"-1"), "a.cls holds -1, which is not in 0"),
             (tar("w", a_mp4=video, a_cls=b"1", b_mp4=video), r"1 of 2 videos have no .cls, such as .*b.mp4"),
+            (tar("w", **{"two\nlines_mp4": video}), r"two.nlines.mp4': a manifest can't hold its name"),
+            (joined(tar("w", a_mp4=video), tar("w", b_mp4=video)), r"damaged, or another tar file, at byte \d+"),
+            (damaged(tar("w", a_mp4=video, b_mp4=video)), r"damaged, or another tar file, at byte \d+"),
         ):
             with pytest.raises(UserError, match=told):
                 index(shards, below=tmp_path / "lists")
@@ -253,6 +288,55 @@ class TestReading:
             decode(entry.path, range)
         assert (caught.value.reason, caught.value.path) == ("not a video, or cut off", entry.path)
         assert examine(entry.path).reason == "not a video, or cut off"
+
+    def test_names_stay_as_their_shard_has_them(self, videos: list[Entry], tmp_path: Path) -> None:
+        """Dots and doubled slashes; and what isn't ASCII, of which some writers leave nothing in the plain header."""
+        content = Path(videos[0].path).read_bytes()
+        names = ["./a/../d.mp4", "a//b.mp4", "f\u00fcnf.mp4"]
+        with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+            for name in names:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        shard = (tmp_path / "x.tar").read_bytes()
+        plain = tarfile.TarInfo("fnf.mp4")
+        plain.size = len(content)
+        header = tarfile.TarInfo("f?nf.mp4")
+        header.size = len(content)
+        assert shard.count(header.tobuf(tarfile.USTAR_FORMAT)) == 1
+        (tmp_path / "x.tar").write_bytes(
+            shard.replace(header.tobuf(tarfile.USTAR_FORMAT), plain.tobuf(tarfile.USTAR_FORMAT))
+        )
+        (tmp_path / "x.csv").write_text(format_manifest(index([str(tmp_path / "x.tar")], below=tmp_path)))
+        source = read_source(tmp_path / "x.csv")
+        assert [Member.named(path).name for path in source.paths] == names  # type: ignore[union-attr]
+        assert scan(source, tmp_path / "scan", Limits(workers=1, limit_s=60))["good"] == 3
+
+    def test_memory_does_not_grow_with_what_is_read(self, videos: list[Entry], tmp_path: Path) -> None:
+        """decord leaves a member's bytes to the garbage collector, which counts objects, not megabytes."""
+        (tmp_path / "a.mp4").write_bytes(Path(videos[0].path).read_bytes() + bytes(8 * MIB))
+        write_shards(read_source(tmp_path), tmp_path / "out", shard_bytes=1)
+        (entry,) = read_manifest(tmp_path / "out" / "manifest.csv")
+        decode(entry.path, lambda _: [0])
+        before = psutil.Process().memory_info().rss
+        for _ in range(30):
+            decode(entry.path, lambda _: [0])
+            assert psutil.Process().memory_info().rss - before < 50 * MIB
+
+    def test_a_network_that_fails_is_asked_again(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        source = Source(entries=[Entry("http://127.0.0.1:9/a.tar#512+5#a.mp4", None)], name="x", base="y")
+        limits = Limits(workers=1, limit_s=60)
+        looked = []
+
+        def work(task: Any, items: Any, **_: Any) -> Any:
+            looked.append(len(items))
+            return [(item, task(item)) for item in items]
+
+        monkeypatch.setattr(scan_module.jobs, "run", work)
+        monkeypatch.setattr(members_module, "_PAUSES_S", ())
+        for _ in range(2):
+            assert scan(source, tmp_path / "scan", limits)["bad"] == 1
+        assert looked == [1, 1]
 
     def test_scan_and_rewrite_read_shards(self, packed: Path, tmp_path: Path) -> None:
         lines = (packed / "manifest.csv").read_text().splitlines(keepends=True)[:3]
