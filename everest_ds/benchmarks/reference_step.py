@@ -3,7 +3,7 @@
 What it does that ours doesn't, after reading the official EVEREST and VideoMAE implementations: a Conv3d embedding of
 all tokens with gradient, boolean masks (which cost a host synchronisation on a GPU), attention that materialises its
 matrix, targets of all tokens of which a share is then used, and positions copied anew at every step. It takes the very
-weights of one of our models and gives its loss (``tests/benchmarks/test_step.py``), so that only the way differs.
+weights of one of our models and, in fp32, gives its loss (``tests/benchmarks/test_step.py``): only the way differs.
 """
 
 from __future__ import annotations
