@@ -84,6 +84,8 @@ def test_mistakes_that_need_a_manifest(pretrain, motion_videos, tmp_path):
     lamb = tmp_path / "lamb.json"
     lamb.write_text(json.dumps({"optimizer": {"type": "AdamWW", "params": {}}}))
     assert_one_line(pretrain(*good, ds=lamb), "AdamWW")
+    zero3 = DS_CONFIGS / "zero3.json"
+    assert_one_line(pretrain(*good, "train.compile=true", ds=zero3), "train.compile: under ZeRO-3 every step")
 
 
 @pytest.mark.several_ranks

@@ -91,6 +91,7 @@ def test_activation_checkpointing_changes_nothing(runs, case):
     assert deviation(losses(runs / case.name), losses(runs / f"{method}-{ds}")) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_compiling_changes_nothing(runs, motion_videos):
     case = Case("everest-1x2-compiled", "zero2", ("train.compile=true",))
     done = run(*case.command(runs, motion_videos, gradient_accumulation_steps=2), timeout_s=600)
