@@ -18,6 +18,7 @@ RANKS = "ranks"
 ORDER = (RANKS, "tests/tools", "tests/memory", "tests/e2e")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in a hook of its own
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Say which tests stay in one worker (`make test` runs two), and begin with what takes longest."""
 

@@ -89,10 +89,12 @@ def test_mistakes(tmp_path: Path, key: str):
 
 
 def test_videos_that_can_not_be_read(some_videos: Path, tmp_path: Path):
-    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    bad = tmp_path / "set" / "bad.mp4"
+    bad.parent.mkdir()
+    bad.write_bytes(b"no video")
     manifest = tmp_path / "videos.csv"
     good = [entry.path for entry in read_manifest(some_videos)]
-    manifest.write_text(format_manifest([Entry(path, None) for path in [*good, str(tmp_path / "bad.mp4")]]))
+    manifest.write_text(format_manifest([Entry(path, None) for path in [*good, str(bad)]]))
     with pytest.raises(UserError, match="--manifest: 1 of 5 videos can't be read"):
         data.storage(Settings(folder=tmp_path / "out", manifest=manifest), lambda line: None)
 

@@ -16,9 +16,13 @@ VIEWS = 2
 LIMIT_BYTES = 50 * MIB
 
 
-def resident() -> list[int]:
-    """Resident sets of this process's workers, bytes."""
-    return [worker.memory_info().rss for worker in psutil.Process().children() if worker.status() != "zombie"]
+def resident(workers: set[int]) -> list[int]:
+    """Resident sets of processes, bytes."""
+    return [psutil.Process(pid).memory_info().rss for pid in sorted(workers)]
+
+
+def children() -> set[int]:
+    return {child.pid for child in psutil.Process().children()}
 
 
 def test_workers_do_not_grow(videos: list[Entry]) -> None:
@@ -26,11 +30,13 @@ def test_workers_do_not_grow(videos: list[Entry]) -> None:
     dataset = ClipDataset(videos, data, frames=8, image_size=32, tokens=64, seed=3)
     sampler = StepSampler(len(videos), seed=5, micro_batch=MICRO_BATCH)
     seen: list[list[int]] = []
+    others, mine = children(), set[int]()
     for number, batch in enumerate(build_loader(dataset, sampler), start=1):
         assert not batch.bad
+        mine = mine or children() - others
         reads = number * MICRO_BATCH * VIEWS
         if reads >= WARM_READS * (len(seen) + 1):
-            seen.append(resident())
+            seen.append(resident(mine))
         if reads >= READS:
             break
     workers = list(zip(*seen, strict=True))
