@@ -18,7 +18,7 @@ demo: install
 
 # Two workers: most tests are processes that start, one core each.
 test: install lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

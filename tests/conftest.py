@@ -12,25 +12,18 @@ from everest_ds.data.synthetic import write_motion_videos
 # Models here are too small for threads, and workers beside each other have none to spare. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Tests that start several ranks run one after another: ranks wait for each other by spinning, and two groups of ranks
-# on the cores of one mostly spin.
-RANKS = "ranks"
-ORDER = (RANKS, "tests/tools", "tests/memory", "tests/e2e")
+# A file's tests stay in one worker (`make test` runs two, --dist loadfile), which makes the file's fixtures once; the files
+# that take longest come first.
+ORDER = ("tests/e2e", "tests/tools", "tests/memory", "tests/benchmarks")
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in a hook of its own
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Say which tests stay in one worker (`make test` runs two), and begin with what takes longest."""
+    """Begin with what takes longest."""
 
-    def group(item: pytest.Item) -> str:
-        if {"two_ranks", "three_ranks"} & set(item.fixturenames) or item.get_closest_marker("several_ranks"):
-            return RANKS
-        return str(item.path.relative_to(config.rootpath))
+    def later(item: pytest.Item) -> list[bool]:
+        return [not item.path.is_relative_to(config.rootpath / folder) for folder in ORDER]
 
-    items.sort(key=lambda item: [not group(item).startswith(start) for start in ORDER])
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(group(item)))
+    items.sort(key=later)
 
 
 @pytest.fixture(scope="session")

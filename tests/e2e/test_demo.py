@@ -1,10 +1,8 @@
 """The demo, cut short: everything that `make demo` does but the length of the training."""
 
-import pytest
 from launching import metrics, run
 
 
-@pytest.mark.several_ranks
 def test_the_demo_trains_draws_and_sums_up(tmp_path, one_rank):
     done = run("tools/demo.py", "--outputs", tmp_path, "train.max_steps=4", "train.log_every_steps=1")
     assert done.returncode == 0, done.stderr

