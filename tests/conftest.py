@@ -12,7 +12,7 @@ from everest_ds.data.synthetic import write_motion_videos
 # Models here are too small for threads, and workers beside each other have none to spare. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A file's tests stay in one worker (`make test` runs two, --dist loadfile), which makes the file's fixtures once; the files
+# A file's tests stay in one worker (`make test` runs two, --dist loadfile), which makes the file's fixtures once; those
 # that take longest come first.
 ORDER = ("tests/e2e", "tests/tools", "tests/memory", "tests/benchmarks")
 
