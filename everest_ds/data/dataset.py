@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -25,6 +25,8 @@ MAX_ATTEMPTS = 10
 NO_LABEL = -1
 LOST = -1
 
+Key = tuple[int, int]
+"""(epoch, index) of a sample."""
 ClipTransform = Callable[[torch.Tensor, np.random.Generator], torch.Tensor]
 """Maps a clip, uint8 (3, T, S, S), to another; all it draws comes from the generator."""
 
@@ -110,8 +112,10 @@ class ClipDataset(Dataset[Sample]):
         self._paths = _PackedText(entry.path for entry in entries)
         labels = (NO_LABEL if entry.label is None else entry.label for entry in entries)
         self._labels = np.fromiter(labels, dtype=np.int64, count=len(entries))
-        # Per worker, the video that it is reading, -1 between samples: the name to give when one hangs or dies.
-        self.reading = torch.full((max(1, data.workers),), LOST).share_memory_()
+        # Per worker, the video that it is reading, -1 between samples, and since when: who is to blame for what hangs.
+        self._reading = torch.full((max(1, data.workers),), LOST).share_memory_()
+        self._since = torch.zeros(max(1, data.workers), dtype=torch.float64).share_memory_()
+        self._aside: dict[int, str] = {}
 
     @classmethod
     def for_evaluation(
@@ -166,7 +170,29 @@ class ClipDataset(Dataset[Sample]):
         """Return the path of a video."""
         return self._paths[index]
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
+    def set_aside(self, reasons: Mapping[str, str]) -> None:
+        """Take videos for unreadable from now on, for workers that start later; ``reasons`` by path."""
+        if not reasons:
+            return
+        for video in range(len(self)):
+            if (path := self.path(video)) in reasons:
+                self._aside[video] = reasons[path]
+
+    def reading_for(self, limit_s: float) -> list[int]:
+        """Return the videos that workers have been reading for more than ``limit_s`` seconds; 0: all being read."""
+        for_s = time.monotonic() - self._since
+        return self._reading[(self._reading != LOST) & (for_s > limit_s)].tolist()
+
+    def reading_by(self, worker: int) -> int | None:
+        """Return the video that a worker is reading, or died over."""
+        video = int(self._reading[worker])
+        return None if video == LOST else video
+
+    def forget_reading(self) -> None:
+        """Forget what workers that are no more were reading."""
+        self._reading.fill_(LOST)
+
+    def __getitem__(self, key: Key) -> Sample:
         epoch, index = key
         try:
             return self._sample(epoch, index)
@@ -177,6 +203,9 @@ class ClipDataset(Dataset[Sample]):
         noise = torch.from_numpy(np.stack([self._noise(epoch, index, view) for view in range(self.views)]))
         bad: list[Failure] = []
         for video in self._candidates(epoch, index):
+            if video in self._aside:
+                bad.append(Failure(self.path(video), self._aside[video]))
+                continue
             self._mark(video)
             try:
                 clips, seconds = self._clips(epoch, index, video)
@@ -202,7 +231,9 @@ class ClipDataset(Dataset[Sample]):
 
     def _mark(self, video: int) -> None:
         worker = get_worker_info()
-        self.reading[0 if worker is None else worker.id] = video
+        place = 0 if worker is None else worker.id
+        self._since[place] = time.monotonic()
+        self._reading[place] = video
 
     def _substitute(self, epoch: int, index: int, attempt: int) -> int:
         return int(generator(Stream.SUBSTITUTE, self._seed, epoch, index, attempt).integers(len(self)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -11,18 +10,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from everest_ds.config.errors import RankError, UserError
-from everest_ds.data.dataset import LOST, NO_TIME, ClipDataset, Failure, ReadingTime, Sample
+from everest_ds.config.errors import UserError
+from everest_ds.data.dataset import LOST, NO_TIME, ClipDataset, Failure, Key, ReadingTime, Sample
 from everest_ds.data.randomness import Stream, generator
+from everest_ds.data.watch import POLL_S, ClipLoader, Report, start_worker
 
 # Below this many tried videos a share says little: one bad file among the first three is no tenth of anything.
 JUDGED_FROM = 20
 _NAMED_PATHS = 10
 
 _log = logging.getLogger(__name__)
-
-Key = tuple[int, int]
-"""(epoch, index) of a sample."""
 
 
 class Batch(NamedTuple):
@@ -147,69 +144,34 @@ def collate(samples: list[Sample]) -> Batch:
     )
 
 
-class ClipLoader:
-    """Iterates over batches; a stuck or dead worker ends in one line that names the video."""
-
-    def __init__(self, dataset: ClipDataset, loader: DataLoader[Sample]) -> None:
-        self._dataset, self._loader = dataset, loader
-
-    def __iter__(self) -> Iterator[Batch]:
-        self._dataset.reading.fill_(LOST)
-        batches = iter(self._loader)
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                raise self._explained(error) from error
-            yield batch
-
-    def _explained(self, error: RuntimeError) -> Exception:
-        message = str(error).splitlines()[0]
-        videos = [self._dataset.path(i) for i in self._dataset.reading.tolist() if i != LOST]
-        reading = f"the workers were reading {', '.join(videos)}" if videos else "no video had been opened"
-        if "timed out" in message:
-            return RankError(
-                f"data.timeout_s: no batch came within {self._loader.timeout:g} s; {reading}; remove the video that "
-                "hangs, or raise data.timeout_s if the storage is slow"
-            )
-        if "worker" in message and ("killed" in message or "exited" in message):
-            return RankError(
-                f"data.workers: a decoding process died ({message}); {reading}; too little memory or /dev/shm "
-                "(docker: --shm-size), or a video that crashes the decoder"
-            )
-        return error
-
-
-def build_loader(dataset: ClipDataset, batches: Iterable[list[Key]], *, device: str = "cpu") -> ClipLoader:
+def build_loader(
+    dataset: ClipDataset, batches: Iterable[list[Key]], *, device: str = "cpu", report: Report | None = None
+) -> ClipLoader:
     """Return the loader of one rank over all of ``batches`` (a :class:`StepSampler`: one iterator across epochs).
 
     Args:
         dataset: where samples come from, with its ``data`` settings (workers, prefetch, timeout_s).
         batches: keys of each batch; iterated once per iteration of the loader.
         device: the accelerator's name, such as ``cuda``; anything but ``cpu`` makes batches in pinned memory.
+        report: told each video that is set aside for hanging or crashing, and why.
     """
     data = dataset.data
-    loader: DataLoader[Sample] = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=data.workers,
-        prefetch_factor=data.prefetch if data.workers else None,
-        timeout=data.timeout_s if data.workers else 0,
-        collate_fn=collate,
-        worker_init_fn=_start_worker,
-        pin_memory=device != "cpu",
-        # Its own: the loader draws a seed when it starts, which would shift the global generator's later draws.
-        generator=torch.Generator().manual_seed(0),
-    )
-    return ClipLoader(dataset, loader)
 
+    def start(keys: Iterable[list[Key]]) -> DataLoader[Sample]:
+        return DataLoader(
+            dataset,
+            batch_sampler=keys,
+            num_workers=data.workers,
+            prefetch_factor=data.prefetch if data.workers else None,
+            timeout=POLL_S if data.workers else 0,
+            collate_fn=collate,
+            worker_init_fn=start_worker,
+            pin_memory=device != "cpu",
+            # Its own: the loader draws a seed when it starts, which would shift the global generator's later draws.
+            generator=torch.Generator().manual_seed(0),
+        )
 
-def _start_worker(worker: int) -> None:  # noqa: ARG001
-    # torch has set its own threads to one here: the workers are the parallelism.
-    # Ctrl-C reaches the whole process group; the training process decides when to stop, and needs data until then.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return ClipLoader(dataset, batches, start, report)
 
 
 class BadCounts(NamedTuple):

@@ -227,7 +227,7 @@ class TestEvaluation:
 def test_a_dataset_can_be_sent_to_a_spawned_worker(videos: list[Entry], data: dict[str, Any]) -> None:
     dataset = make(videos, data=data, transform=ClipAugment(AugmentConfig()))
     # Its shared marks travel by torch.multiprocessing alone.
-    dataset.reading = torch.zeros(1, dtype=torch.int64)
+    dataset._reading, dataset._since = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
     assert same(pickle.loads(pickle.dumps(dataset))[0, 0], dataset[0, 0])
 
 
@@ -314,17 +314,17 @@ def test_other_errors_are_not_swallowed(videos: list[Entry], monkeypatch: pytest
 
 
 def test_the_video_being_read_is_marked(videos: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[list[int]] = []
+    seen: list[int | None] = []
 
     def noting(path: str, *_: Any) -> None:
-        seen.append(dataset.reading.tolist())
+        seen.append(dataset.reading_by(0))
         raise DecodeError(path, "no")
 
     monkeypatch.setattr(module, "decode", noting)
     dataset = make(videos, data={"workers": 1}, attempts=1)
     dataset[0, 4]
-    assert seen == [[4]]
-    assert dataset.reading.tolist() == [-1]
+    assert seen == [4]
+    assert dataset.reading_by(0) is None
 
 
 def test_paths_come_back_from_their_packing() -> None:

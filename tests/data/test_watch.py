@@ -1,0 +1,138 @@
+"""Workers that hang or die: named, replaced, and nothing else changes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from everest_ds.config.errors import UserError
+from everest_ds.config.schema import DataConfig
+from everest_ds.data import dataset as dataset_module
+from everest_ds.data.dataset import ClipDataset
+from everest_ds.data.loader import Batch, StepSampler, build_loader
+from everest_ds.data.manifest import Entry
+
+
+def make(entries: list[Entry], workers: int = 2, **data: Any) -> ClipDataset:
+    config = DataConfig(workers=workers, stride=2, prefetch=2, **data)
+    return ClipDataset(entries, config, frames=8, image_size=32, tokens=16, seed=3)
+
+
+def same(one: Batch, other: Batch) -> bool:
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("clips", "noise", "labels", "index"))
+
+
+@pytest.fixture
+def with_a_pipe(videos: list[Entry], tmp_path: Path) -> Iterator[list[Entry]]:
+    """Twelve videos, and one in a shard that is a named pipe: opening it waits for a writer for ever.
+
+    A pipe in place of a video is refused unopened.
+    """
+    pipe = tmp_path / "hangs.tar"
+    os.mkfifo(pipe)
+    yield [*videos, Entry(f"{pipe}#512+1000#hangs.mp4", 99)]
+    assert not [child for child in psutil.Process().children() if child.name().startswith("pt_data_worker")]
+
+
+def test_a_video_that_hangs_is_set_aside_and_the_rest_goes_on(with_a_pipe, caplog):
+    pipe = with_a_pipe[-1].path
+    told: list[tuple[str, str]] = []
+    sampler = StepSampler(13, seed=3, micro_batch=4, last_step=9)  # three epochs: it is met at least twice
+    loader = build_loader(make(with_a_pipe, timeout_s=1.0), sampler, report=lambda *what: told.append(what))
+    with caplog.at_level(logging.WARNING):
+        batches = list(loader)
+    reason = "no frames within data.timeout_s = 1 s"
+    assert told == [(pipe, reason)]
+    assert len(batches) == 9
+    failures = {failure for batch in batches for failure in batch.bad}
+    assert failures == {(pipe, reason)}
+    assert sum(batch.lost for batch in batches) == 0
+    assert 12 not in torch.cat([batch.index for batch in batches]).tolist()
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning == f"{pipe} is set aside: {reason}; new decoding processes continue"
+
+
+def test_a_video_set_aside_before_is_not_opened(with_a_pipe):
+    dataset = make(with_a_pipe, workers=0)
+    dataset.set_aside({with_a_pipe[-1].path: "hung once"})
+    (batch,) = list(build_loader(dataset, [[(0, 12), (0, 1)]]))
+    assert batch.bad == [(with_a_pipe[-1].path, "hung once")]
+    assert batch.lost == 0
+
+
+def test_slow_videos_are_waited_for(videos, monkeypatch):
+    """The limit is for one video: a batch of several slow ones may take longer."""
+    real = dataset_module.decode
+    monkeypatch.setattr(dataset_module, "decode", lambda *what: time.sleep(0.7) or real(*what))
+    dataset = make(videos, workers=1, timeout_s=1.2)
+    (batch,) = list(build_loader(dataset, [[(0, 0), (0, 1), (0, 2), (0, 3)]]))
+    assert batch.bad == []
+
+
+def test_killed_workers_are_replaced_and_nothing_changes(videos, caplog):
+    sampler = StepSampler(12, seed=3, micro_batch=4, last_step=12)
+    expected = list(build_loader(make(videos, workers=0), sampler))
+    found = []
+    for number, batch in enumerate(build_loader(make(videos), sampler)):
+        found.append(batch)
+        if number in (2, 7):
+            for worker in psutil.Process().children():
+                worker.kill()
+    assert len(found) == len(expected) == 12
+    assert all(same(one, other) for one, other in zip(found, expected, strict=True))
+    assert sum("a decoding process died (exit code -9)" in record.getMessage() for record in caplog.records) in (1, 2)
+    assert not any("set aside" in record.getMessage() for record in caplog.records)
+
+
+def test_a_video_that_kills_its_worker_twice_is_set_aside(videos, monkeypatch, caplog):
+    def deadly(path: str, *rest: Any) -> Any:
+        if path == videos[7].path:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(path, *rest)
+
+    real = dataset_module.decode
+    monkeypatch.setattr(dataset_module, "decode", deadly)
+    batches = list(build_loader(make(videos), [[(0, 6), (0, 7)], [(0, 8), (0, 9)]]))
+    reason = "2 decoding processes died over it"
+    assert [failure for batch in batches for failure in batch.bad] == [(videos[7].path, reason)]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"a decoding process died (exit code -9) while it read {videos[7].path}; new decoding processes continue",
+        f"{videos[7].path} is set aside: {reason}; new decoding processes continue",
+    ]
+
+
+def test_workers_that_all_die_end_the_run_in_one_line(videos, monkeypatch):
+    monkeypatch.setattr(dataset_module, "decode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UserError, match=r"^data.workers: .* times in a row; too little memory"):
+        list(build_loader(make(videos, workers=1), [[(0, 7)]]))
+
+
+def test_workers_end_with_the_process_that_asked(videos, tmp_path):
+    """A killed rank leaves no decoding processes behind."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        loader = iter(build_loader(make(videos), StepSampler(12, seed=3, micro_batch=4)))
+        next(loader)
+        os.write(write, b" ".join(str(worker.pid).encode() for worker in psutil.Process().children()))
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    workers = [int(number) for number in os.read(read, 100).split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 10
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(alive, workers))
+
+
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
