@@ -9,10 +9,16 @@ import sys
 from collections.abc import Iterable, Iterator
 
 EXIT_USER_ERROR = 2
+_EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):
-    """A mistake that its message explains in one line: what is wrong, where, and what to do."""
+    """A mistake that its message explains in one line: what is wrong, where, and what to do.
+
+    ``exit_code``: what a command ends with.
+    """
+
+    exit_code = EXIT_USER_ERROR
 
 
 class RankError(UserError):
@@ -27,7 +33,7 @@ def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.5) -> str:
 
 @contextlib.contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Turn a :class:`UserError` into one line on stderr and exit code 2, without a trace.
+    """Turn a :class:`UserError` into one line on stderr and its exit code, without a trace; Ctrl-C into 130.
 
     Under a launcher every rank of a node meets the same mistake; the node's first rank alone reports it.
     """
@@ -39,4 +45,6 @@ def one_line_errors(program: str) -> Iterator[None]:
             message = " ".join(str(error).split())
             where = f"[rank {rank}] " if rank != "0" else ""
             print(f"{program}: error: {where}{message}", file=sys.stderr, flush=True)
-        raise SystemExit(EXIT_USER_ERROR) from None
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        raise SystemExit(_EXIT_INTERRUPTED) from None

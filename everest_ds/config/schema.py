@@ -22,6 +22,7 @@ Decoder = Literal["decord", "torchcodec"]
 Sampling = Literal["dense", "segments"]
 Crop = Literal["multiscale", "resized"]
 AdamChoice = Literal["auto", "deepspeed", "apex", "torch"]
+OnSaveError = Literal["continue", "stop"]
 
 
 # Selectors that rank tokens by importance.
@@ -191,7 +192,9 @@ class DataConfig:
         (0.08, 1.0), "RandomResizedCrop: smallest and largest share of the frame", source="VideoMAE"
     )
     max_bad_share: float = setting(0.1, "share of unreadable videos above which the run ends, judged from 20 videos on")
-    timeout_s: float = setting(120.0, "seconds that a batch may take to arrive before the run ends; 0: no limit")
+    timeout_s: float = setting(
+        120.0, "seconds that reading one video may take before it is set aside as hanging; 0: no limit; needs workers"
+    )
 
     def __post_init__(self) -> None:
         for key in ("stride", "prefetch", "clips_per_video"):
@@ -242,20 +245,25 @@ class TrainConfig:
     epochs: int = setting(200, "passes over the manifest", source="paper, Table 7")
     max_steps: int | None = setting(None, "optimizer steps; overrides epochs (the schedule then spans these)")
     save_every_steps: int = setting(0, "steps between checkpoints; 0: at the end only")
+    keep_last: int = setting(3, "newest checkpoints to keep; 0: all")
+    keep_every_steps: int = setting(0, "keep the checkpoint of every such step, too; 0: none")
+    on_save_error: OnSaveError = setting(
+        "continue", "when a checkpoint can't be written (a full disk): continue to the next one, or stop"
+    )
     log_every_steps: int = setting(10, "steps between lines of metrics.jsonl")
     seed: int = setting(0, "seed of weights, samples, crops and masks")
     compile: bool = setting(
         False, "torch.compile through DeepSpeed: faster steps after minutes of compiling; memprof plans without it"
     )
     resume: str = setting("off", "off, auto (the latest checkpoint in output_dir, if any), or a run directory")
-    max_bad_steps: int = setting(10, "steps in a row with a non-finite loss after which the run stops")
+    max_bad_steps: int = setting(10, "steps in a row skipped for a non-finite loss or gradient, then the run stops")
     max_minutes: float = setting(0.0, "minutes after which the run saves and exits with code 75; 0: no limit")
 
     def __post_init__(self) -> None:
         for key in ("micro_batch", "global_batch", "epochs", "max_steps", "log_every_steps", "max_bad_steps"):
             value = getattr(self, key)
             check(value is None or value > 0, f"train.{key}", f"must be positive, got {value}")
-        for key in ("save_every_steps", "seed", "max_minutes"):
+        for key in ("save_every_steps", "keep_last", "keep_every_steps", "seed", "max_minutes"):
             check(getattr(self, key) >= 0, f"train.{key}", f"must not be negative, got {getattr(self, key)}")
 
 

@@ -175,11 +175,14 @@ def build_loader(
 
 
 class BadCounts(NamedTuple):
-    """How many videos were tried, how many of them were unreadable, and how many samples found no readable one."""
+    """How many videos were tried, how many of them were unreadable, and how many samples found no readable one.
 
-    tried: int
-    bad: int
-    lost: int
+    On one rank of a run that continues on other ranks than before, shares of them.
+    """
+
+    tried: float
+    bad: float
+    lost: float
 
 
 class BadSamples:
@@ -207,6 +210,14 @@ class BadSamples:
     def reasons(self) -> dict[str, str]:
         """Every bad path met so far, with its first reason."""
         return dict(self._reasons)
+
+    def sums(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return dict(self.counts._asdict())
+
+    def restore(self, sums: Mapping[str, float]) -> None:
+        """Take over what a checkpoint kept."""
+        self.counts = BadCounts(*(sums.get(name, 0) for name in BadCounts._fields))
 
     def add(self, batch: Batch) -> None:
         """Count a batch, and remember its bad paths."""

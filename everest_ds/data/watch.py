@@ -35,7 +35,7 @@ Report = Callable[[str, str], None]
 """Told the path of a video that is set aside, and the reason."""
 
 
-class _WorkersGone(Exception):
+class _WorkersLostError(Exception):
     """The workers have to be replaced."""
 
 
@@ -75,7 +75,7 @@ class ClipLoader:
                     self._deaths.clear()
                     yield batch
                 return
-            except _WorkersGone as reason:
+            except _WorkersLostError as reason:
                 restarts += 1
                 if restarts > _RESTARTS:
                     raise RankError(
@@ -111,18 +111,18 @@ class ClipLoader:
         """Return where waiting on is all there is to do.
 
         Raises:
-            _WorkersGone: some have hung or died.
+            _WorkersLostError: some have hung or died.
             RuntimeError: a bug.
         """
         dead = [(i, process) for i, process in enumerate(_processes(workers)) if not process.is_alive()]
         if dead:
-            raise _WorkersGone("; ".join(self._died(i, process.exitcode) for i, process in dead)) from error
+            raise _WorkersLostError("; ".join(self._died(i, process.exitcode) for i, process in dead)) from error
         if not str(error).startswith("DataLoader timed out"):
             raise error
         hanging = self._dataset.reading_for(self._dataset.data.timeout_s)
         if hanging:
             limit = f"no frames within data.timeout_s = {self._dataset.data.timeout_s:g} s"
-            raise _WorkersGone("; ".join(self._set_aside(video, limit) for video in hanging)) from error
+            raise _WorkersLostError("; ".join(self._set_aside(video, limit) for video in hanging)) from error
 
     def _died(self, worker: int, code: int | None) -> str:
         how = f"a decoding process died (exit code {code})"

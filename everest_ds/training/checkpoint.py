@@ -1,28 +1,49 @@
-"""Saving a run and finding the place to continue from."""
+"""Saving a run, and finding the place to continue from: any number of ranks, any ZeRO stage."""
 
 from __future__ import annotations
 
+import heapq
 import logging
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
+from everest_ds.config.ds_config import precision, zero_stage
 from everest_ds.config.errors import UserError
-from everest_ds.config.load import to_tree
+from everest_ds.config.load import AnyRecipe, to_tree
 from everest_ds.config.schema import ModelConfig, Recipe
+from everest_ds.training import checkpoint_files as files
 from everest_ds.training import ranks
 from everest_ds.training.average import Average
 from everest_ds.training.run_dir import RunDir
+from everest_ds.training.whole import MASTER, WholeState
 
 log = logging.getLogger(__name__)
 
-_AVERAGE_FILE = "average.safetensors"
+AVERAGE = "average"
 # Settings of a model that change nothing about its weights.
 _FREE_TO_CHANGE = ("attention", "checkpointing")
 # Settings that decide which samples a step number stands for.
 _ORDER_OF_SAMPLES = (("data", "train"), ("data", "clips_per_video"), ("train", "global_batch"), ("train", "seed"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """Where a run continues: ``step`` optimizer steps done, ``counters`` of the loop, ``own`` this rank's sums."""
+
+    step: int
+    counters: dict[str, Any]
+    own: dict[str, float]
+
+
+FRESH = Resumed(step=0, counters={}, own={})
 
 
 def find_resume(recipe: Recipe) -> RunDir | None:
@@ -54,49 +75,247 @@ def find_resume(recipe: Recipe) -> RunDir | None:
     return source
 
 
-def save(engine: Any, run_dir: RunDir, average: Average | None, step: int) -> None:
-    """Write a checkpoint of the state after ``step`` steps; a collective call."""
-    tag = f"step-{step:08d}"
-    if average is not None and ranks.is_main():
-        # First: DeepSpeed names the checkpoint in ``latest`` when its own part is written.
-        folder = run_dir.checkpoints / tag
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.cpu() for name, value in average.state.items()}, folder / _AVERAGE_FILE)
-    engine.save_checkpoint(str(run_dir.checkpoints), tag=tag, client_state={"step": step})
+def keep_global_batch(recipe: AnyRecipe, source: RunDir | None) -> AnyRecipe:
+    """Return the recipe with the global batch of the run that it continues, where it says the micro-batch alone.
+
+    On other ranks the same micro-batch would make another global batch: the number of passes changes in its place,
+    and where that doesn't come out even, the micro-batch becomes smaller.
+    """
+    micro, world = recipe.train.micro_batch, ranks.world_size()
+    if source is None or recipe.train.global_batch is not None or micro is None:
+        return recipe
+    total = next((_saved_batch(folder) for folder in files.newest_first(source.checkpoints)), 0)
+    if total <= 0 or total % world:
+        return recipe
+    views = recipe.data.clips_per_video
+    fitting = [size for size in range(views, micro + 1, views) if total // world % size == 0]
+    if not fitting:
+        return recipe
+    return replace(recipe, train=replace(recipe.train, global_batch=total, micro_batch=fitting[-1]))
 
 
-def load(engine: Any, source: RunDir, average: Average | None = None) -> int:
-    """Load the latest checkpoint and return the number of steps done; a collective call.
+def _saved_batch(folder: Path) -> int:
+    try:
+        return int(files.read_state(folder)["global_batch"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+class Checkpoints:
+    """Writes and reads the checkpoints of one run; every method is a collective call.
 
     Args:
-        engine: to load into.
-        source: the run.
-        average: to load into as well.
-
-    Raises:
-        UserError: the checkpoint can't be loaded.
+        engine: DeepSpeed's.
+        run_dir: the run's.
+        average: averaged weights that go along.
+        ds_config: the resolved one, for its stage and precision.
+        global_batch: clips per step.
     """
-    try:
-        path, state = engine.load_checkpoint(str(source.checkpoints))
-    except Exception as error:  # unpickling a damaged file, or DeepSpeed on other ranks or stages, can raise anything
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"train.resume: {source.checkpoints / 'latest'} names a checkpoint that does not load ({reason}); resume "
-            "with the ranks and ZeRO stage that it was saved with; if it is damaged, name an earlier one in 'latest'"
-        ) from error
-    if path is None:
-        raise UserError(f"train.resume: no loadable checkpoint in {source.checkpoints}")
-    done = int(state["step"])
-    if average is not None:
-        _load_average(average, Path(path).parent / _AVERAGE_FILE, done)
-    return done
+
+    def __init__(
+        self, engine: Any, run_dir: RunDir, average: Average | None, *, ds_config: dict[str, Any], global_batch: int
+    ) -> None:
+        self._state, self._average, self._engine = WholeState(engine), average, engine
+        self._folder = run_dir.checkpoints
+        self._facts: dict[str, Any] = {
+            "ranks": ranks.world_size(),
+            "zero_stage": zero_stage(ds_config),
+            "precision": precision(ds_config),
+            "global_batch": global_batch,
+        }
+
+    def save(self, step: int, counters: dict[str, Any], own: dict[str, float]) -> str:
+        """Write the state after ``step`` steps, or leave everything as it was.
+
+        Args:
+            step: optimizer steps done.
+            counters: of the loop, the same on every rank.
+            own: this rank's sums.
+
+        Returns:
+            Why it could not be written; an empty string if it was.
+        """
+        folder = files.unfinished(self._folder, step)
+        problem = _first(ranks.gather(_attempt(lambda: _make_empty(folder)) if ranks.is_main() else ""))
+        if problem:
+            return problem
+        name = files.part_name(ranks.rank(), ranks.world_size())
+        tensors = self._own_tensors()  # collective: before anything that one rank alone can fail at
+        facts: dict[str, files.Facts] = {}
+        problem = _attempt(lambda: facts.update({name: _write_part(folder / name, tensors)}))
+        outcomes = ranks.gather((problem, facts, own))
+        problem = _first(outcome[0] for outcome in outcomes)
+        if not problem and ranks.is_main():
+            state = self._describe(step, counters, [outcome[2] for outcome in outcomes])
+            parts = {name: of_part for outcome in outcomes for name, of_part in outcome[1].items()}
+            problem = _attempt(lambda: files.seal(self._folder, step, state, parts))
+        problem = _first(ranks.gather(problem))
+        if problem and ranks.is_main():
+            shutil.rmtree(folder, ignore_errors=True)
+        return problem
+
+    def thin_out(self, *, keep_last: int, keep_every: int) -> None:
+        """Delete old checkpoints, on rank 0."""
+        if ranks.is_main():
+            _attempt(lambda: files.thin_out(self._folder, keep_last=keep_last, keep_every=keep_every))
+
+    def load(self, source: RunDir) -> Resumed:
+        """Continue from the newest checkpoint of a run that is whole, naming those that aren't.
+
+        Raises:
+            UserError: there is none, or it is another model's.
+        """
+        folder = self._newest_whole(source.checkpoints)
+        saved = files.read_state(folder)
+        tensors = _open(folder)
+        self._restore(folder, tensors, saved["optimizer_steps"])
+        self._state.scaler = saved["scaler"]
+        step, by_rank = int(saved["step"]), saved["by_rank"]
+        if self._average is not None:
+            self._load_average(folder, tensors, step)
+        engine = self._engine
+        engine.global_steps, engine.skipped_steps = step, int(saved["skipped_steps"])
+        engine.global_samples = step * self._facts["global_batch"]
+        if ranks.is_main():
+            print(f"continuing {folder}: {self._moved(saved)}", file=sys.stderr, flush=True)
+        return Resumed(step=step, counters=saved["counters"], own=_own_share(by_rank))
+
+    def _own_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that are this rank's to write, on the CPU; all ranks help to put each together."""
+        state = self._state
+        owners = _owners({name: state.shape(name).numel() for name in state.parameters}, ranks.world_size())
+        found = {}
+        for kind in state.kinds:
+            for name in state.parameters:
+                whole = state.read(name, kind)
+                if owners[name] == ranks.rank():
+                    found[f"{kind}/{name}"] = whole.cpu().contiguous()
+        if self._average is not None:
+            mine = {name: value for name, value in self._average.state.items() if owners[name] == ranks.rank()}
+            found |= {f"{AVERAGE}/{name}": value.cpu().contiguous() for name, value in mine.items()}
+        return found
+
+    def _describe(self, step: int, counters: dict[str, Any], by_rank: list[dict[str, float]]) -> dict[str, Any]:
+        return {
+            "step": step,
+            **self._facts,
+            "optimizer_steps": self._state.steps,
+            "skipped_steps": self._engine.skipped_steps,
+            "scaler": self._state.scaler,
+            "counters": counters,
+            "by_rank": by_rank,
+        }
+
+    def _newest_whole(self, checkpoints: Path) -> Path:
+        # Rank 0's list: another may see a file system a little later.
+        names = ranks.gather([folder.name for folder in files.newest_first(checkpoints)])[0]
+        reasons = []
+        for folder in (checkpoints / name for name in names):
+            listed = files.names(folder)
+            mine = listed[ranks.rank() :: ranks.world_size()] if listed else None
+            reason = _first(ranks.gather(files.damage(folder, mine)))
+            if not reason:
+                return folder
+            reasons.append(f"{folder.name}: {reason}")
+            log.warning("checkpoint %s is damaged (%s); the one before it is used", folder, reason)
+        raise UserError(f"train.resume: no whole checkpoint in {checkpoints} ({'; '.join(reasons)})")
+
+    def _restore(self, folder: Path, tensors: dict[str, Path], optimizer_steps: int) -> None:
+        state = self._state
+        missing = [name for name in state.parameters if f"{MASTER}/{name}" not in tensors]
+        if missing:
+            raise UserError(f"train.resume: {folder} is another model's: it has no {missing[0]}")
+        state.allocate()
+        for key, value in _values(tensors, skip=AVERAGE):
+            kind, _, name = key.partition("/")
+            if name not in state.parameters or value.shape != state.shape(name):
+                raise UserError(f"train.resume: {folder} is another model's: {name} has shape {list(value.shape)}")
+            if kind in state.kinds:
+                state.write(name, kind, value)
+        state.steps = optimizer_steps
+        state.finish()
+
+    def _load_average(self, folder: Path, tensors: dict[str, Path], step: int) -> None:
+        assert self._average is not None
+        wanted = {f"{AVERAGE}/{name}": name for name in self._average.state}
+        if not wanted.keys() <= tensors.keys():
+            raise UserError(f"train.resume: {folder}: no averaged weights to continue; was ema_decay 0?")
+        own = {key: tensors[key] for key in wanted}
+        self._average.load({wanted[key]: value for key, value in _values(own)}, step)
+
+    def _moved(self, saved: dict[str, Any]) -> str:
+        then, now = (
+            f"{of['ranks']} rank{'s' if of['ranks'] > 1 else ''}, ZeRO-{of['zero_stage']}, {of['precision']}, "
+            f"global batch {of['global_batch']}"
+            for of in (saved, self._facts)
+        )
+        return f"step {saved['step']} ({then})" + ("" if then == now else f"; from here on {now}")
 
 
-def _load_average(average: Average, file: Path, steps: int) -> None:
+def tensors_of(folder: Path, kind: str) -> dict[str, Tensor]:
+    """Return all tensors of one kind that a checkpoint holds, by parameter."""
+    wanted = {key: file for key, file in _open(folder).items() if key.startswith(f"{kind}/")}
+    return {key.partition("/")[2]: value for key, value in _values(wanted)}
+
+
+def _owners(sizes: dict[str, int], number: int) -> dict[str, int]:
+    """Share parameters out among ranks so that each writes about as much."""
+    loads = [(0, rank) for rank in range(number)]
+    owners = {}
+    for name, size in sizes.items():
+        load, owners[name] = loads[0]
+        heapq.heapreplace(loads, (load + size, owners[name]))
+    return owners
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _write_part(file: Path, tensors: dict[str, Tensor]) -> files.Facts:
+    save_file(tensors, file)
+    return files.describe(file)
+
+
+def _attempt(work: Any) -> str:
+    """Do something that a full or broken disk can refuse; returns the reason, an empty string if it went well."""
     try:
-        average.load(load_file(file), steps)
-    except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(f"train.resume: {file}: no averaged weights to continue ({error}); was ema_decay 0?") from error
+        work()
+    except OSError as error:
+        return error.strerror or str(error)
+    except SafetensorError as error:
+        return " ".join(str(error).split())
+    return ""
+
+
+def _first(problems: Any) -> str:
+    return next((problem for problem in problems if problem), "")
+
+
+def _open(folder: Path) -> dict[str, Path]:
+    """Return which file holds each tensor."""
+    found: dict[str, Path] = {}
+    for part in files.parts(folder):
+        with safe_open(part, framework="pt") as opened:
+            found |= dict.fromkeys(opened.keys(), part)
+    return found
+
+
+def _values(tensors: dict[str, Path], skip: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors one at a time, in the same order on every rank."""
+    for part in sorted(set(tensors.values())):
+        with safe_open(part, framework="pt") as opened:
+            for key in sorted(key for key, file in tensors.items() if file == part):
+                if not skip or not key.startswith(f"{skip}/"):
+                    yield key, opened.get_tensor(key)
+
+
+def _own_share(by_rank: list[dict[str, float]]) -> dict[str, float]:
+    """Return this rank's sums; on other ranks than before, an equal share of all."""
+    if len(by_rank) == ranks.world_size():
+        return by_rank[ranks.rank()]
+    return {key: sum(own[key] for own in by_rank) / ranks.world_size() for key in by_rank[0]}
 
 
 def _first_difference(saved: ModelConfig, asked: ModelConfig) -> str:

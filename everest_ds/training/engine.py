@@ -111,9 +111,32 @@ def initialise(model: nn.Module, recipe: Recipe, ds_config: dict[str, Any]) -> B
         raise UserError(f"ds_config optimizer: DeepSpeed can't build {ds['optimizer']} ({error})") from error
     if not engine.zero_optimization():
         _undo_empty_step(engine.optimizer)
+    if not hasattr(engine.optimizer, "_global_grad_norm"):
+        _skip_bad_gradients(engine)
     if recipe.train.compile:
         engine.compile()
     return Built(engine=engine, optimizer=line)
+
+
+def _skip_bad_gradients(engine: Any) -> None:
+    """Let a bare optimizer skip steps whose gradient isn't finite, and keep its norm, as DeepSpeed's own do.
+
+    The host waits for the device to read the norm, as it does in those.
+    """
+    optimizer, take, limit = engine.optimizer, engine.optimizer.step, engine.gradient_clipping()
+
+    def clip() -> None:
+        optimizer._global_grad_norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), limit)
+
+    def step() -> None:
+        if not limit:
+            gradients = (p.grad for p in engine.module.parameters() if p.grad is not None)
+            optimizer._global_grad_norm = torch.nn.utils.get_total_norm(gradients)
+        optimizer.overflow = not bool(optimizer._global_grad_norm.isfinite())
+        if not optimizer.overflow:
+            take()
+
+    engine.clip_fp32_gradients, optimizer.step = clip, step
 
 
 def _undo_empty_step(optimizer: Any) -> None:

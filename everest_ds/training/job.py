@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
+from safetensors import SafetensorError
 
 from everest_ds.config.batches import Batches
 from everest_ds.config.ds_config import precision, zero_stage
@@ -18,16 +19,22 @@ from everest_ds.config.schema import Recipe
 from everest_ds.data.dataset import ClipDataset
 from everest_ds.data.loader import BadSamples, StepSampler, build_loader
 from everest_ds.models import MaskedAutoencoder, VideoClassifier
-from everest_ds.training import checkpoint, ranks
+from everest_ds.training import checkpoint_files, ranks
 from everest_ds.training.average import Average, build_average
+from everest_ds.training.bad_steps import BadSteps
+from everest_ds.training.checkpoint import FRESH, Checkpoints, Resumed, keep_global_batch
 from everest_ds.training.engine import Built, initialise, resolve
 from everest_ds.training.export import export_weights
+from everest_ds.training.files import Lines
 from everest_ds.training.loop import Training, train
 from everest_ds.training.metrics import MetricsFile
 from everest_ds.training.objectives import objective_for
 from everest_ds.training.run_dir import RunDir, environment
 from everest_ds.training.schedule import CosineSchedule, build_schedule
 from everest_ds.training.validation import Validation
+
+# The launcher reports the first rank that it sees ended: a rank that ended for another's sake lets that one be first.
+_CAUSE_FIRST_S = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +72,7 @@ class Job:
         Raises:
             UserError: they don't go together, or the run directory can't be written.
         """
+        recipe = keep_global_batch(recipe, source)
         ds_config, batches = resolve(raw_ds_config, recipe, model)
         if precision(ds_config) == "fp16" and zero_stage(ds_config) == 0:
             raise UserError(
@@ -96,20 +104,47 @@ def run(job: Job) -> int:
         UserError: the optimizer can't be had, the checkpoint does not load, or too many videos can't be read.
     """
     ranks.start()
+    try:
+        return _run(job)
+    except RuntimeError as error:
+        if not ranks.lost_contact(error):
+            raise
+        time.sleep(_CAUSE_FIRST_S)
+        raise ranks.LostRankError(f"rank {ranks.rank()} lost contact with another rank, which has ended") from error
+
+
+def _run(job: Job) -> int:
+    run_dir = RunDir(Path(job.recipe.train.output_dir))
     built = initialise(job.model, job.recipe, job.ds_config)
     average = build_average(built.engine.module, job.recipe)
-    done = checkpoint.load(built.engine, job.source, average) if job.source else 0
-    training = assemble(job, built, average, done)
+    checkpoints = Checkpoints(built.engine, run_dir, average, ds_config=job.ds_config, global_batch=job.batches.total)
+    resumed = checkpoints.load(job.source) if job.source else FRESH
+    training = assemble(job, built, average, checkpoints, resumed)
     code = train(training)
     if code:
         return code
     if ranks.is_main():
-        run_dir = RunDir(Path(job.recipe.train.output_dir))
-        export_weights(built.engine, run_dir.checkpoints, job.model.config, run_dir.weights, average)
+        export(job, run_dir, training.step, averaged=average is not None)
     # After the export: a validation that fails takes nothing with it.
     if training.validation is not None:
         training.validation(training.step)
     return 0
+
+
+def export(job: Job, run_dir: RunDir, step: int, *, averaged: bool) -> None:
+    """Write the run's weights, those of its last checkpoint, for everything that isn't training.
+
+    Raises:
+        UserError: they can't be written.
+    """
+    folder = run_dir.checkpoints / checkpoint_files.name_of(step)
+    try:
+        export_weights(folder, job.model.config, run_dir.weights, averaged=averaged)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"train.output_dir: {run_dir.weights} could not be written ({error}); the run is done and saved: make "
+            "room, and run again with --resume auto"
+        ) from error
 
 
 def step_sampler(
@@ -129,9 +164,9 @@ def step_sampler(
     )
 
 
-def assemble(job: Job, built: Built, average: Average | None, done: int) -> Training:
-    """Put the loop's parts together, ``done`` steps into the run."""
-    recipe, batches, total = job.recipe, job.batches, job.schedule.total_steps
+def assemble(job: Job, built: Built, average: Average | None, checkpoints: Checkpoints, resumed: Resumed) -> Training:
+    """Put the loop's parts together."""
+    recipe, batches, total, done = job.recipe, job.batches, job.schedule.total_steps, resumed.step
     run_dir = RunDir(Path(recipe.train.output_dir))
     metrics = None
     if ranks.is_main():
@@ -140,10 +175,18 @@ def assemble(job: Job, built: Built, average: Average | None, done: int) -> Trai
         metrics = MetricsFile(run_dir.metrics, from_step=done)
         announce(job, built, done)
     samples = step_sampler(recipe, batches, len(job.dataset), first_step=done, last_step=total)
+    quarantine = Lines(run_dir.quarantine)
+    job.dataset.set_aside(run_dir.set_aside())
+    loader = build_loader(
+        job.dataset,
+        samples,
+        device=built.engine.device.type,
+        report=lambda video, reason: quarantine.append({"video": video, "reason": reason}),
+    )
     return Training(
         engine=built.engine,
         batches=batches,
-        loader=iter(build_loader(job.dataset, samples, device=built.engine.device.type)),
+        loader=iter(loader),
         schedule=job.schedule,
         config=recipe.train,
         steps_per_epoch=job.steps_per_epoch,
@@ -151,9 +194,10 @@ def assemble(job: Job, built: Built, average: Average | None, done: int) -> Trai
         average=average,
         validation=build_validation(job, built, average, done),
         bad_samples=BadSamples(recipe.data.max_bad_share, clips_per_video=recipe.data.clips_per_video),
+        bad_steps=BadSteps(run_dir.bad_steps, job.dataset.path, fp16=precision(job.ds_config) == "fp16"),
         metrics=metrics,
-        save=partial(checkpoint.save, built.engine, run_dir, average),
-        step=done,
+        checkpoints=checkpoints,
+        resumed=resumed,
         saved_at=done if job.source == run_dir else -1,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import ChainMap
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,13 +17,16 @@ from everest_ds.config.batches import Batches
 from everest_ds.config.errors import UserError
 from everest_ds.config.progress import ProgressLine
 from everest_ds.config.schema import TrainConfig
-from everest_ds.data.loader import BadSamples, Batch
+from everest_ds.data.loader import BadCounts, BadSamples, Batch
 from everest_ds.data.randomness import Stream, generator
 from everest_ds.memory.meters import peak_bytes
 from everest_ds.training import ranks
 from everest_ds.training.average import Average
+from everest_ds.training.bad_steps import BadSteps
+from everest_ds.training.checkpoint import Checkpoints, Resumed
 from everest_ds.training.metrics import MetricsFile
 from everest_ds.training.objectives import Objective
+from everest_ds.training.preemption import StopRequest
 from everest_ds.training.schedule import CosineSchedule
 from everest_ds.training.validation import Validation
 from everest_ds.training.window import Window
@@ -32,7 +35,7 @@ EXIT_BAD_NUMBERS = 3
 EXIT_RESTART_ME = 75
 _ENDINGS = {
     EXIT_BAD_NUMBERS: "loss or gradients are not finite; this state was not saved, the last checkpoint is untouched",
-    EXIT_RESTART_ME: "train.max_minutes are over; saved, continue with --resume auto",
+    EXIT_RESTART_ME: "asked to stop, or out of time (train.max_minutes); saved, continue with --resume auto",
 }
 
 
@@ -42,21 +45,25 @@ class Training:
 
     engine: Any
     batches: Batches
-    loader: Iterator[Batch]
+    loader: Generator[Batch, None, None]
     schedule: CosineSchedule
     config: TrainConfig
     steps_per_epoch: int
     bad_samples: BadSamples
+    bad_steps: BadSteps
     metrics: MetricsFile | None
-    save: Any  # called with the step after which to save; collective
+    checkpoints: Checkpoints
     objective: Objective
+    resumed: Resumed
+    saved_at: int
     average: Average | None = None
     validation: Validation | None = None
-    step: int = 0
-    saved_at: int = -1
     started: float = field(default_factory=time.monotonic)
-    grad_norm: Tensor | None = None
-    bad_named: int = 0
+    bad_named: float = 0
+
+    def __post_init__(self) -> None:
+        self.step = self.resumed.step
+        self.bad_steps.restore(self.resumed.counters)
 
     def logs(self, step: int) -> bool:
         """Whether a line is logged after this step."""
@@ -66,54 +73,66 @@ class Training:
         """Whether a checkpoint is due after this step, besides the one at the end."""
         return bool(self.config.save_every_steps) and step % self.config.save_every_steps == 0
 
-    def gradient_norm(self) -> float | None:
-        """Read the last step's gradient norm; the host waits for the device."""
-        norm = self.grad_norm if self.plain_norm else self.engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
-
     @property
-    def plain_norm(self) -> bool:
-        """Whether the gradient norm is ours to compute: DeepSpeed does it in all its optimizers but a bare one."""
-        return not hasattr(self.engine.optimizer, "_global_grad_norm")
+    def out_of_time(self) -> bool:
+        """Whether ``train.max_minutes`` are over."""
+        return 0 < self.config.max_minutes * 60 < time.monotonic() - self.started
 
 
 def train(run: Training) -> int:
-    """Train to the schedule's end and save. Returns an exit code: 0 done, 3 bad numbers (not saved), 75 out of time."""
+    """Train to the schedule's end and save. Returns an exit code: 0 done, 3 bad numbers (not saved), 75 asked to stop.
+
+    Raises:
+        UserError: too many videos can't be read, or the state can't be saved at the end.
+    """
     last = run.schedule.total_steps
     window = Window(run.engine.device)
+    window.restore(run.resumed.own)
+    run.bad_samples.restore(run.resumed.own)
     code = 0
-    with ProgressLine(last, start_step=run.step, speaks=ranks.is_main()) as progress:
-        if 0 < run.step < last:
-            validate(run, window)  # where the run was stopped between saving and validating
-        while run.step < last and not code:
-            loss = optimizer_step(run, window)
-            window.add(loss)
-            run.step += 1
-            if run.average is not None:
-                run.average.update()
-            progress.advance(run.step)
-            if run.logs(run.step):
-                record, code = close_window(run, window)
-                progress.report(record)
-            if run.saves(run.step) and not code:
-                save(run, window)
-            if run.step < last and not code:
-                validate(run, window)
-    if not save(run, window):
-        code = EXIT_BAD_NUMBERS
+    with StopRequest() as stop, ProgressLine(last, start_step=run.step, speaks=ranks.is_main()) as progress:
+        try:
+            if 0 < run.step < last:
+                validate(run, window)  # where the run was stopped between saving and validating
+            while run.step < last and not code:
+                code = take_step(run, window, progress)
+                if run.step < last and not code:
+                    validate(run, window)
+                    if ranks.any_rank(stop.asked or run.out_of_time):
+                        code = EXIT_RESTART_ME
+        finally:
+            run.loader.close()  # ends its processes
+        if not save(run, window, at_the_end=True):
+            code = EXIT_BAD_NUMBERS
     if code and ranks.is_main():
         print(f"stopped after step {run.step}: {_ENDINGS[code]}", file=sys.stderr, flush=True)
     return code
 
 
+def take_step(run: Training, window: Window, progress: ProgressLine) -> int:
+    """Take one optimizer step, with all that may be due after it. Returns an exit code, 0 to go on."""
+    window.add(optimizer_step(run, window))
+    run.step += 1
+    if run.average is not None:
+        run.average.update()
+    progress.advance(run.step)
+    if run.logs(run.step):
+        progress.report(close_window(run, window))
+    if run.bad_steps.in_a_row >= run.config.max_bad_steps:
+        return EXIT_BAD_NUMBERS
+    if run.saves(run.step):
+        save(run, window)
+    return 0
+
+
 def optimizer_step(run: Training, window: Window) -> Tensor:
-    """Run one step over its accumulation passes. Returns the mean loss on the device, unread: no host sync here."""
+    """Run one step over its accumulation passes. Returns the mean loss on the device, unread: no host sync of ours."""
     engine = run.engine
     seed_step(run.config.seed, run.step)
     lr = run.schedule(run.step)
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
-    losses = []
+    losses, batches = [], []
     for _ in range(run.batches.accumulation):
         with window.waiting_for_data():
             batch = next(run.loader)
@@ -122,10 +141,9 @@ def optimizer_step(run: Training, window: Window) -> Tensor:
         loss = run.objective(engine, batch)
         engine.backward(loss)
         losses.append(loss.detach())
-        read = run.logs(run.step + 1) or run.saves(run.step + 1)
-        if read and run.plain_norm and engine.is_gradient_accumulation_boundary():
-            run.grad_norm = torch.nn.utils.get_total_norm(p.grad for p in engine.module.parameters())
+        batches.append(batch)
         engine.step()
+    run.bad_steps.judge(run.step + 1, engine.was_step_applied(), losses, batches)
     return torch.stack(losses).mean()
 
 
@@ -134,48 +152,40 @@ def seed_step(seed: int, step: int) -> None:
     torch.manual_seed(int(generator(Stream.STEP, seed, step, ranks.rank()).integers(2**63)))
 
 
-def close_window(run: Training, window: Window) -> tuple[dict[str, Any], int]:
-    """Read what has gathered since the last logged step: the one place where the host waits for the device.
-
-    Returns:
-        The record for metrics.jsonl, and an exit code if the run has to stop.
+def close_window(run: Training, window: Window) -> dict[str, Any]:
+    """Read what has gathered since the last logged step; the host waits for the device. Returns what is logged.
 
     Raises:
         UserError: too many videos can't be read.
     """
-    counts = run.bad_samples.counts
-    out_of_time = (
-        0 < run.config.max_minutes * 60 < time.monotonic() - run.started and run.step < run.schedule.total_steps
-    )
-    sums = window.reduce([*counts, float(out_of_time)])
-    tried, bad, lost, late = (int(total) for total in sums.extra)
-    name_bad_videos(run, bad)
-    run.bad_samples.check(type(counts)(tried, bad, lost))
-    engine = run.engine
-    norm = run.gradient_norm()
+    sums = window.reduce(run.bad_samples.counts)
+    counts = BadCounts(*map(round, sums.extra))
+    name_bad_videos(run, counts.bad)
+    run.bad_samples.check(counts)
+    engine, norm = run.engine, run.engine.get_global_grad_norm()
     record = {
         "step": run.step,
         "epoch": run.step / run.steps_per_epoch,
         "loss": sums.loss,
         "lr": run.schedule(run.step - 1),
-        "grad_norm": norm,
+        "grad_norm": None if norm is None else float(norm),
         "clips_per_s": run.batches.total / sums.step_s,
         "data_wait_share": sums.data_wait_share,
         "decode_s": sums.decode_s,
         "transform_s": sums.transform_s,
         "step_s": sums.step_s,
         "peak_memory_bytes": peak_bytes(engine.device),
-        "bad_samples": bad,
+        "bad_samples": counts.bad,
+        "bad_steps": run.bad_steps.total,
     }
     if engine.fp16_enabled():
-        record |= {"loss_scale": engine.optimizer.loss_scale, "skipped_steps": engine.skipped_steps}
+        record |= {"loss_scale": engine.optimizer.loss_scale, "skipped_steps": run.bad_steps.scaler_skips}
     if run.metrics is not None:
         run.metrics.write(record)
-    stop = EXIT_BAD_NUMBERS if sums.bad_in_a_row >= run.config.max_bad_steps else EXIT_RESTART_ME if late else 0
-    return record, stop
+    return record
 
 
-def name_bad_videos(run: Training, bad: int) -> None:
+def name_bad_videos(run: Training, bad: float) -> None:
     """Let rank 0 name each unreadable video once, whichever rank met it; ``bad`` is the count over all ranks."""
     if bad == run.bad_named:
         return
@@ -202,17 +212,28 @@ def validate(run: Training, window: Window) -> None:
         raise
 
 
-def save(run: Training, window: Window) -> bool:
+def save(run: Training, window: Window, *, at_the_end: bool = False) -> bool:
     """Save the state after the current step, once, unless its numbers have gone wrong. Returns whether they are right.
 
-    A collective call. A step whose loss is finite but whose gradients aren't has spoilt the weights too; under fp16
-    DeepSpeed skips such a step itself.
+    A collective call.
+
+    Raises:
+        UserError: it can't be written, and the run ends here or shall (``train.on_save_error``).
     """
-    norm = None if run.engine.fp16_enabled() else run.gradient_norm()
-    if window.gone_wrong(norm):
+    if run.bad_steps.in_a_row:
         return False
-    if run.saved_at != run.step:
-        with window.paused():
-            run.save(run.step)
+    if run.saved_at == run.step:
+        return True
+    with window.paused():
+        own = {**window.sums(), **run.bad_samples.sums()}
+        problem = run.checkpoints.save(run.step, run.bad_steps.counters, own)
+    if not problem:
         run.saved_at = run.step
+        run.checkpoints.thin_out(keep_last=run.config.keep_last, keep_every=run.config.keep_every_steps)
+        return True
+    told = f"the state after step {run.step} could not be saved ({problem}); checkpoints before it are untouched"
+    if at_the_end or run.config.on_save_error == "stop":
+        raise UserError(f"train.output_dir: {told}; make room, and continue with --resume auto")
+    if ranks.is_main():
+        print(f"WARNING: {told}; the run goes on (train.on_save_error)", file=sys.stderr, flush=True)
     return True

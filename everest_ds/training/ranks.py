@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import atexit
+import datetime
 import logging
 import os
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from everest_ds.config.errors import UserError
 from everest_ds.training.optim import missing_compiler
 
 log = logging.getLogger(__name__)
 
 _SHARED_MEMORY_OP = "deepspeed_shm_comm"
+# A rank may wait this long for another that saves, validates, or reads slow videos. One that died is known at once.
+_PATIENCE = datetime.timedelta(minutes=30)
+_control: Any = None
+
+
+class LostRankError(UserError):
+    """Another rank of the run is gone: not a mistake, but nothing that a trace would explain."""
+
+    exit_code = 1
 
 
 def start() -> None:
@@ -36,11 +48,41 @@ def start() -> None:
     if on_cpu():
         _prepare_cpu_communication()
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    # Among the hosts, by gloo: for what they agree on between steps. On a GPU the other group's messages are its own.
+    global _control  # noqa: PLW0603 - one process group per process, as torch has it
+    _control = dist.new_group(backend="gloo", timeout=_PATIENCE)
     atexit.register(dist.destroy_process_group)
     if not on_cpu():
         get_accelerator().set_device(local_rank())
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
+
+
+def any_rank(flag: bool) -> bool:
+    """Say whether any rank's flag is set: the hosts meet, no device is waited for."""
+    if not dist.is_initialized():
+        return flag
+    flags = torch.tensor([int(flag)])
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=_control)
+    return bool(flags.item())
+
+
+def gather(value: Any) -> list[Any]:
+    """Return every rank's value, in order of ranks: the hosts meet, no device is waited for."""
+    if not dist.is_initialized():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value, group=_control)
+    return found
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Say whether an error means that another rank is gone."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError)
+        or any(sign in text for sign in ("onnection closed by peer", "onnection reset by peer", "Broken pipe"))
+    )
 
 
 def free_port() -> int:

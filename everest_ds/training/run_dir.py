@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import platform
@@ -15,6 +16,7 @@ from everest_ds.config.errors import UserError
 from everest_ds.config.load import AnyRecipe, dump, load_as
 from everest_ds.config.schema import Recipe
 from everest_ds.models.weights import WEIGHTS_FILE
+from everest_ds.training import checkpoint_files, files
 
 _PACKAGES = ("everest_ds", "torch", "torchvision", "deepspeed", "timm", "decord", "decord2", "av", "numpy")
 
@@ -56,6 +58,16 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def bad_steps(self) -> Path:
+        """One JSON object per step whose numbers went wrong, with its clips."""
+        return self.path / "bad_steps.jsonl"
+
+    @property
+    def quarantine(self) -> Path:
+        """One JSON object per video that hung or killed its reader, which is not opened again."""
+        return self.path / "quarantine.jsonl"
+
+    @property
     def weights(self) -> Path:
         """The weights at the run's end, for everything that isn't training."""
         return self.path / WEIGHTS_FILE
@@ -83,8 +95,18 @@ class RunDir:
             raise UserError(f"train.output_dir: cannot write to {self.path} ({error.strerror})") from error
 
     def has_checkpoint(self) -> bool:
-        """Whether a run here can be continued."""
-        return (self.checkpoints / "latest").is_file()
+        """Whether a run here has a checkpoint, though perhaps a damaged one."""
+        return bool(checkpoint_files.newest_first(self.checkpoints))
+
+    def set_aside(self) -> dict[str, str]:
+        """Return the videos in :attr:`quarantine` and the reasons; a torn line is left out."""
+        found = {}
+        if self.quarantine.exists():
+            for line in self.quarantine.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    record = json.loads(line)
+                    found[str(record["video"])] = str(record["reason"])
+        return found
 
     def read_recipe(self, kind: type[AnyRecipe]) -> AnyRecipe:
         """Return the resolved recipe of the run that is here, pre-training's or fine-tuning's.
@@ -109,8 +131,10 @@ class RunDir:
         }
         for path, text in texts.items():
             if path.exists() and path.read_text(encoding="utf-8") != text:
-                path.replace(_unused(path.with_name(f"{path.stem}.until-step-{from_step}{path.suffix}")))
-            path.write_text(text, encoding="utf-8")
+                # A copy: at no time is there no configuration, which a run that is continued must have.
+                kept = _unused(path.with_name(f"{path.stem}.until-step-{from_step}{path.suffix}"))
+                kept.write_bytes(path.read_bytes())
+            files.write(path, text)
 
 
 def environment(accelerator: str, device: str, optimizer: str, world_size: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from everest_ds.data.loader import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class Sums:
-    """A closed window, over all ranks: mean loss, seconds per step, share of it spent waiting for data.
+    """A closed window, over all ranks: mean of the finite losses, seconds per step, share of it waiting for data.
 
     ``decode_s`` and ``transform_s``: seconds of a data worker per clip.
     """
@@ -29,7 +29,6 @@ class Sums:
     data_wait_share: float
     decode_s: float
     transform_s: float
-    bad_in_a_row: int
     extra: list[float]
 
 
@@ -38,11 +37,10 @@ class Window:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._bad_in_a_row = torch.zeros((), device=device)
         self._open()
 
     def _open(self) -> None:
-        self._loss = torch.zeros((), device=self._device)
+        self._loss, self._finite = torch.zeros((), device=self._device), torch.zeros((), device=self._device)
         self._steps = 0
         self._waited_s = 0.0
         self._clips, self._seconds = 0, NO_TIME
@@ -70,37 +68,37 @@ class Window:
 
     def add(self, loss: Tensor) -> None:
         """Add a step's loss, a scalar on the device."""
-        loss = loss.float()
-        self._loss += loss
-        self._bad_in_a_row = torch.where(loss.isfinite(), 0.0, self._bad_in_a_row + 1)
+        loss, finite = loss.float(), loss.isfinite()
+        self._loss += torch.where(finite, loss, 0.0)
+        self._finite += finite
         self._steps += 1
 
-    def gone_wrong(self, gradient_norm: float | None) -> bool:
-        """Say whether the last step's loss, or its gradient norm, was not finite on any rank; a collective call."""
-        wrong = self._bad_in_a_row + (gradient_norm is not None and not math.isfinite(gradient_norm))
-        if dist.is_initialized():
-            dist.all_reduce(wrong)
-        return wrong.item() > 0
+    def sums(self) -> dict[str, float]:
+        """What a checkpoint in the middle of a window keeps of it, so that the window's mean will be the same."""
+        return {"loss": self._loss.item(), "finite": self._finite.item()}
+
+    def restore(self, sums: dict[str, float]) -> None:
+        """Take over what a checkpoint kept; times are those since then."""
+        self._loss += sums.get("loss", 0.0)
+        self._finite += sums.get("finite", 0.0)
 
     def reduce(self, extra: Sequence[float]) -> Sums:
         """Read the window, summed over ranks along with ``extra``, and open the next one; a collective call."""
-        loss = (self._loss / self._steps).item()
         elapsed_s = time.perf_counter() - self._opened
         per_clip = [seconds / self._clips if self._clips else 0.0 for seconds in self._seconds]
-        means = [loss, elapsed_s / self._steps, self._waited_s / elapsed_s, *per_clip, self._bad_in_a_row.item()]
-        numbers = [*means, *extra]
+        means = [elapsed_s / self._steps, self._waited_s / elapsed_s, *per_clip]
+        numbers = [*means, self._loss.item(), self._finite.item(), *extra]
         totals = torch.tensor(numbers, dtype=torch.float64, device=self._device)
         if dist.is_initialized():
             dist.all_reduce(totals)
             totals[: len(means)] /= dist.get_world_size()
-        mean_loss, step_s, waited, decode_s, transform_s, bad, *rest = totals.tolist()
+        step_s, waited, decode_s, transform_s, loss, finite, *rest = totals.tolist()
         self._open()
         return Sums(
-            loss=mean_loss,
+            loss=loss / finite if finite else math.nan,
             step_s=step_s,
             data_wait_share=waited,
             decode_s=decode_s,
             transform_s=transform_s,
-            bad_in_a_row=round(bad),
             extra=rest,
         )

@@ -1,0 +1,228 @@
+"""The whole fp32 tensors behind an engine, parameter by parameter, whatever ZeRO has made of them.
+
+They are what all stages and numbers of ranks have in common: a state that was read from one engine can be written into
+any other. Reading and writing are collective calls.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+MASTER = "weight"
+"""The kind of tensor that isn't the optimizer's: the fp32 weights themselves."""
+# Where DeepSpeed's optimizers keep this rank's part of the masters: ZeRO 1 and 2, ZeRO 3, BF16_Optimizer.
+_PARTITIONS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
+_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+class WholeState:
+    """An engine's master weights, the optimizer's tensors of each, and its count of steps.
+
+    Args:
+        engine: DeepSpeed's, with an optimizer.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
+        self._places = _Partitioned(engine.optimizer) if _partitions(engine.optimizer) else _Undivided(engine)
+        self._engine = engine
+
+    @property
+    def kinds(self) -> list[str]:
+        """Tensors of each parameter: the master, and what the optimizer has by now, such as ``exp_avg``."""
+        self._places.link()
+        state = self._inner.state
+        of_optimizer = {
+            key
+            for holder in self._places.holders
+            for key, value in state.get(holder, {}).items()
+            if torch.is_tensor(value) and value.shape == holder.shape
+        }
+        return [MASTER, *sorted(of_optimizer)]
+
+    @property
+    def _inner(self) -> Any:
+        return self._places.inner
+
+    def shape(self, name: str) -> torch.Size:
+        """Return the whole shape of a parameter."""
+        parameter = self.parameters[name]
+        return getattr(parameter, "ds_shape", parameter.shape)
+
+    def read(self, name: str, kind: str) -> Tensor:
+        """Return a tensor (of the parameter's shape, fp32), which may share the engine's memory."""
+        return self._places.read(name, self.parameters[name], kind).float().reshape(self.shape(name))
+
+    def allocate(self) -> None:
+        """Let the optimizer make its tensors, as its first step does: by a step that changes nothing."""
+        for group in self._inner.param_groups:
+            group["lr"] = 0.0
+        for holder in self._places.holders:
+            if holder.grad is None:
+                holder.grad = torch.zeros_like(holder)
+            else:
+                holder.grad.zero_()
+        self._places.step()
+
+    def write(self, name: str, kind: str, value: Tensor) -> None:
+        """Put in a tensor (of the parameter's shape); before, :meth:`allocate`, and at the end :meth:`finish`."""
+        parameter = self.parameters[name]
+        self._places.write(name, parameter, kind, value.to(parameter.device).flatten())
+
+    def finish(self) -> None:
+        """Give the parameters that compute the values of their masters."""
+        self._places.finish(self.parameters)
+
+    @property
+    def steps(self) -> int:
+        """Steps that the optimizer has taken, for its bias correction: fewer than the run's where some were skipped."""
+        counters = [*self._inner.state.values(), *self._inner.param_groups]
+        return max((int(holder["step"]) for holder in counters if "step" in holder), default=0)
+
+    @steps.setter
+    def steps(self, steps: int) -> None:
+        for holder in (*self._inner.state.values(), *self._inner.param_groups):
+            if "step" in holder:
+                old = holder["step"]
+                holder["step"] = torch.full_like(old, steps) if torch.is_tensor(old) else steps
+
+    @property
+    def scaler(self) -> dict[str, float]:
+        """State of fp16's loss scaler; empty in other precisions."""
+        holder = self._scaler_holder()
+        return {name: getattr(holder, name) for name in _SCALER_STATE if hasattr(holder, name)}
+
+    @scaler.setter
+    def scaler(self, state: dict[str, float]) -> None:
+        holder = self._scaler_holder()
+        for name, value in state.items():
+            if hasattr(holder, name):
+                setattr(holder, name, value)
+
+    def _scaler_holder(self) -> Any:
+        if not self._engine.fp16_enabled():
+            return None
+        optimizer = self._engine.optimizer
+        return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+
+
+def _partitions(optimizer: Any) -> list[Tensor]:
+    return next((getattr(optimizer, name) for name in _PARTITIONS if hasattr(optimizer, name)), [])
+
+
+class _Partitioned:
+    """ZeRO: each rank holds a part of every group of parameters; DeepSpeed's own functions put them together."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer, self.inner = optimizer, optimizer.optimizer
+        self.holders = _partitions(optimizer)
+        self._stage_3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
+
+    def link(self) -> None:
+        """Let DeepSpeed find the optimizer's tensors.
+
+        ZeRO 1 and 2 look for them once, after the step of the first group of parameters, when the others have none.
+        """
+        if not self._stage_3:
+            self._optimizer._hp_optimizer_states_linked = False
+            self._optimizer._lazy_init_hp_params_optimizer_state()
+
+    def read(self, name: str, parameter: nn.Parameter, kind: str) -> Tensor:  # noqa: ARG002
+        if kind == MASTER:
+            return safe_get_full_fp32_param(parameter)
+        return safe_get_full_optimizer_state(parameter, kind)
+
+    def step(self) -> None:
+        if self._stage_3:
+            for group in range(len(self.holders)):
+                self._optimizer._optimizer_step(group)
+            return
+        self.inner.step()
+        if not getattr(self._optimizer, "cpu_offload", False):  # which keeps its buffers
+            for holder in self.holders:
+                holder.grad = None
+
+    def write(self, name: str, parameter: Any, kind: str, value: Tensor) -> None:  # noqa: ARG002
+        put_master, put_state = safe_set_full_fp32_param, safe_set_full_optimizer_state
+        if self._stage_3:
+            # Its part ends in padding where the ranks don't divide the parameter; the functions for whole tensors fail.
+            put_master, put_state = safe_set_local_fp32_param, safe_set_local_optimizer_state
+            value = _part(parameter, value)
+        if kind == MASTER:
+            put_master(parameter, value)
+        else:
+            put_state(parameter, value, kind)
+
+    def finish(self, parameters: dict[str, nn.Parameter]) -> None:  # noqa: ARG002
+        if not self._stage_3:
+            self._optimizer.update_lp_params()
+            return
+        self._optimizer.checkpoint_event_prologue()
+        for group in range(len(self.holders)):
+            self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        self._optimizer.checkpoint_event_epilogue()
+
+
+def _part(parameter: Any, value: Tensor) -> Tensor:
+    """Return this rank's part of a flat tensor, zeros where it is padded."""
+    size = parameter.ds_tensor.numel()
+    start = size * dist.get_rank(parameter.ds_process_group)
+    part = value[start : start + size]
+    return nn.functional.pad(part, (0, size - part.numel()))
+
+
+class _Undivided:
+    """Stage 0: every rank holds everything; in half precision as masters beside the parameters, often all in one."""
+
+    def __init__(self, engine: Any) -> None:
+        optimizer = engine.optimizer
+        names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+        self._places: dict[str, tuple[Tensor, int]] = {}
+        self.inner = getattr(optimizer, "optimizer", optimizer)
+        if hasattr(optimizer, "fp32_groups_flat"):
+            for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
+                start = 0
+                for parameter in group:
+                    self._places[names[id(parameter)]] = flat, start
+                    start += parameter.numel()
+        elif hasattr(optimizer, "fp32_groups"):
+            for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+                self._places |= {names[id(p)]: (master, 0) for p, master in zip(group, masters, strict=True)}
+        else:
+            self._places = {name: (parameter, 0) for name, parameter in engine.module.named_parameters()}
+        self.holders = list({id(holder): holder for holder, _ in self._places.values()}.values())
+
+    def link(self) -> None:
+        """Nothing to find."""
+
+    def read(self, name: str, parameter: nn.Parameter, kind: str) -> Tensor:
+        holder, start = self._places[name]
+        whole = holder if kind == MASTER else self.inner.state[holder][kind]
+        return whole.detach().view(-1)[start : start + parameter.numel()]
+
+    def step(self) -> None:
+        self.inner.step()
+        for holder in self.holders:
+            holder.grad = None
+
+    def write(self, name: str, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+        self.read(name, parameter, kind).copy_(value)
+
+    def finish(self, parameters: dict[str, nn.Parameter]) -> None:
+        for name, (holder, start) in self._places.items():
+            parameter = parameters[name]
+            if holder is not parameter:
+                master = holder.detach().view(-1)[start : start + parameter.numel()]
+                parameter.data.copy_(master.view_as(parameter))
