@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from everest_ds.training.optim import missing_compiler
+from everest_ds.training.ops import missing_compiler
 
 log = logging.getLogger(__name__)
 
