@@ -93,15 +93,18 @@ def _failure_to_load(builder: Any, name: str) -> Obstacle | None:
 
 
 def _foreseen(builder: Any) -> Obstacle | None:
-    if prebuilt(builder) or built(builder):
+    if prebuilt(builder):
         return None
     if not builder.is_compatible(verbose=False):
         return Obstacle(*_WHAT_IS_MISSING.get(builder.name, (f"DeepSpeed says that {builder.name} can't run here",)))
     if _needs_cuda(builder) and (missing := missing_toolkit()):
         return missing
+    # Only now: DeepSpeed asks for all of that before it loads what was built, too.
+    if built(builder):
+        return None
     folder = build_folder(builder.name)
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not os.access(there, os.W_OK):
+    if not (there.is_dir() and os.access(there, os.W_OK)):
         return Obstacle(f"{there} can't be written to", "set TORCH_EXTENSIONS_DIR to a folder that can be")
     return None
 

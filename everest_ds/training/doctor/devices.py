@@ -44,7 +44,7 @@ def driver(version: Path = _NVIDIA) -> list[Finding]:
         return []
     says = f"NVIDIA {match[0]}, torch {torch.__version__} with CUDA {torch.version.cuda}"
     if get_accelerator().device_name() == "cuda":
-        return [Finding(subject="driver", says=says), _toolkit()]
+        return [Finding(subject="driver", says=says), toolkit()]
     return [Finding(subject="driver", level="note", says=f"{says}: {_why_unused()}", fix=_how_to_use())]
 
 
@@ -63,7 +63,7 @@ def _how_to_use() -> str:
     return f"a driver for CUDA {torch.version.cuda}" if torch.version.cuda else "a torch that is built for CUDA"
 
 
-def _toolkit() -> Finding:
+def toolkit() -> Finding:
     """Hold the toolkit that builds DeepSpeed's ops against torch's CUDA: other major versions often don't go."""
     missing = ops.missing_toolkit()
     if missing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from typing import TYPE_CHECKING
 
@@ -22,8 +23,8 @@ def packages() -> list[Finding]:
     """Look at Python and at every package that runs a model or reads a video."""
     try:
         wanted = _requirements()
-    except PackageNotFoundError:
-        says = f"this package is not installed beside Python {platform.python_version()}"
+    except (PackageNotFoundError, ModuleNotFoundError):
+        says = f"not installed with its packages in this Python ({sys.executable})"
         return [Finding(subject="everest_ds", level="problem", says=says, fix="make install")]
     return [_python(), *(_package(wanted[name]) for name in _LOOKED_AT if name in wanted)]
 
@@ -35,11 +36,9 @@ def release(installed: str) -> str:
 
 def _requirements() -> dict[str, Requirement]:
     """Return what pyproject.toml asks for on this platform, by name."""
-    lines = requires("everest_ds") or []
-    # Not before it is known that packages were installed, this one among them.
-    from packaging.requirements import Requirement  # noqa: PLC0415
+    from packaging.requirements import Requirement  # noqa: PLC0415 - may be missing, which is a finding
 
-    parsed = map(Requirement, lines)
+    parsed = map(Requirement, requires("everest_ds") or [])
     return {one.name: one for one in parsed if one.marker is None or one.marker.evaluate({"extra": ""})}
 
 
