@@ -63,6 +63,16 @@ def op_obstacle(name: str, *, build: bool) -> Obstacle | None:
     return _failure_to_load(builder, name) if build else _foreseen(builder)
 
 
+def own_ninja_first() -> None:
+    """Let torch find the ninja of this Python's environment, activated or not, before the system's.
+
+    Another version takes what the first one built for out of date, and builds it again: minutes, at every change.
+    """
+    own, found = str(Path(sys.executable).parent), os.environ.get("PATH", "")
+    if found.split(os.pathsep)[0] != own:
+        os.environ["PATH"] = os.pathsep.join([own, found])
+
+
 def prebuilt(builder: Any) -> bool:
     """Whether the op was built when DeepSpeed was installed."""
     return bool(installed_ops.get(builder.name)) and accelerator_name == get_accelerator()._name
@@ -85,6 +95,7 @@ def build_folder(name: str) -> Path:
 
 
 def _failure_to_load(builder: Any, name: str) -> Obstacle | None:
+    own_ninja_first()
     try:
         builder.load(verbose=False)
     except Exception as error:
