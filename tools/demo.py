@@ -16,7 +16,11 @@ def main() -> int:
     arguments = parser.parse_args()
     set_up_logging()
     with one_line_errors("demo"):
-        from everest_ds.training.demo import run_demo  # noqa: PLC0415 - torch takes seconds to load
+        from everest_ds.training.doctor.first_look import first_look  # noqa: PLC0415 - torch takes seconds to load
+
+        first_look()
+        # Only now: it needs the packages that were looked at.
+        from everest_ds.training.demo import run_demo  # noqa: PLC0415
 
         run_demo(arguments.outputs.resolve(), arguments.overrides)
     return 0

@@ -36,7 +36,7 @@ from everest_ds.models import (
     forward_macs,
 )
 from everest_ds.training import ranks
-from everest_ds.training.optim import missing_compiler
+from everest_ds.training.ops import missing_compiler
 
 Shape = tuple[int, int, int]
 """Of a matrix product: rows, in, out."""

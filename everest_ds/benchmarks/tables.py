@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
-_CPUINFO = Path("/proc/cpuinfo")
+from everest_ds.training.doctor.host import processor
 
 
 def machine() -> str:
@@ -22,17 +22,9 @@ def machine() -> str:
     accelerator = get_accelerator()
     device = "" if accelerator.device_name() == "cpu" else f"{accelerator.current_device_name()}; "
     return (
-        f"{device}{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"{device}{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}, Python {platform.python_version()}, torch {torch.__version__}"
     )
-
-
-def _processor() -> str:
-    if _CPUINFO.is_file():
-        for line in _CPUINFO.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,8 @@ from everest_ds.config.schema import Recipe
 from everest_ds.models import MaskedAutoencoder, VideoClassifier, build_network
 from everest_ds.models.parameter_groups import parameter_groups
 from everest_ds.training import ranks
-from everest_ds.training.optim import build_optimizer, missing_compiler
+from everest_ds.training.ops import missing_compiler
+from everest_ds.training.optim import build_optimizer
 
 log = logging.getLogger(__name__)
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from torch import nn
 from torch.optim import Optimizer
@@ -19,27 +16,23 @@ from everest_ds.config.ds_config import offloads_optimizer
 from everest_ds.config.errors import UserError
 from everest_ds.config.schema import OptimConfig
 from everest_ds.models.parameter_groups import parameter_groups
+from everest_ds.training.ops import Obstacle, op_obstacle
 
 _ADAM_TYPES = ("adam", "adamw")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adam:
-    """A row of the table: how to make it, and why it can't be had here (an empty string if it can)."""
+    """A row of the table: how to make it, and what it needs: an op of DeepSpeed's (its builder), or something else."""
 
     name: str
-    obstacle: Callable[[], str]
     build: Callable[..., Optimizer]
+    op: str = ""
+    missing: Callable[[], Obstacle | None] = lambda: None
 
-
-def missing_compiler() -> str:
-    """Say what is missing to build DeepSpeed's C++ ops; an empty string if nothing is."""
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        return f"no C++ compiler ('{compiler}' is not on PATH; Debian and Ubuntu: apt-get install g++)"
-    if shutil.which("ninja") is None and importlib.util.find_spec("ninja") is None:
-        return "no ninja (pip install ninja)"
-    return ""
+    def obstacle(self, *, build: bool = True) -> Obstacle | None:
+        """Say why it can't be had here; ``build`` as in :func:`everest_ds.training.ops.op_obstacle`."""
+        return op_obstacle(self.op, build=build) if self.op else self.missing()
 
 
 def which_apex() -> str:
@@ -49,23 +42,11 @@ def which_apex() -> str:
     return "nvidia" if importlib.util.find_spec("amp_C") is not None else "other"
 
 
-def _op_obstacle(builder_name: str) -> Callable[[], str]:
-    def obstacle() -> str:
-        missing = missing_compiler()
-        if missing:
-            return missing
-        try:
-            get_accelerator().create_op_builder(builder_name).load(verbose=False)
-        except Exception as error:
-            return f"DeepSpeed's {builder_name} did not build ({str(error).partition(chr(10))[0]})"
-        return ""
-
-    return obstacle
-
-
-def _apex_obstacle() -> str:
-    found = {"none": "apex is not installed", "other": "the apex found is not NVIDIA's (PyPI's is something else)"}
-    return found.get(which_apex(), "")
+def _missing_apex() -> Obstacle | None:
+    return {
+        "none": Obstacle("apex is not installed"),
+        "other": Obstacle("the apex found is not NVIDIA's (PyPI's is something else)", "pip uninstall apex"),
+    }.get(which_apex())
 
 
 def _build_apex(groups: list[dict[str, Any]], **options: Any) -> Optimizer:
@@ -81,45 +62,46 @@ def _build_torch(groups: list[dict[str, Any]], **options: Any) -> Optimizer:
 ADAMS: dict[str, Adam] = {
     "offload": Adam(
         name="DeepSpeedCPUAdam",
-        obstacle=_op_obstacle("CPUAdamBuilder"),
+        op="CPUAdamBuilder",
         build=lambda groups, **options: DeepSpeedCPUAdam(groups, adamw_mode=True, **options),
     ),
     "deepspeed": Adam(
         name="DeepSpeed FusedAdam",
-        obstacle=_op_obstacle("FusedAdamBuilder"),
+        op="FusedAdamBuilder",
         build=lambda groups, **options: FusedAdam(groups, adam_w_mode=True, **options),
     ),
-    "apex": Adam(name="apex FusedAdam", obstacle=_apex_obstacle, build=_build_apex),
-    "torch": Adam(name="torch fused AdamW", obstacle=str, build=_build_torch),
+    "apex": Adam(name="apex FusedAdam", missing=_missing_apex, build=_build_apex),
+    "torch": Adam(name="torch fused AdamW", build=_build_torch),
 }
 
 
-def choose_adam(asked: str, offload: bool) -> tuple[Adam, str]:
+def choose_adam(asked: str, offload: bool, *, build: bool = True) -> tuple[Adam, str]:
     """Return the row to use and why.
 
     Args:
         asked: ``optim.implementation``: auto, deepspeed, apex or torch.
         offload: the DeepSpeed JSON keeps optimizer states on the host.
+        build: build DeepSpeed's op if need be, so that the answer is certain; else say what a run would come to.
 
     Raises:
         UserError: what was asked for (or what offload needs) can't be had here.
     """
     if offload:
-        obstacle = ADAMS["offload"].obstacle()
+        obstacle = ADAMS["offload"].obstacle(build=build)
         if obstacle:
             raise UserError(f"ds_config zero_optimization.offload_optimizer: needs DeepSpeedCPUAdam, but {obstacle}")
         return ADAMS["offload"], "the optimizer is offloaded to the host"
     if asked != "auto":
-        obstacle = ADAMS[asked].obstacle()
+        obstacle = ADAMS[asked].obstacle(build=build)
         if obstacle:
             raise UserError(f"optim.implementation={asked}: {obstacle}")
         return ADAMS[asked], f"optim.implementation={asked}"
     reasons: list[str] = []
     for key in ("deepspeed", "apex", "torch"):
-        obstacle = ADAMS[key].obstacle()
+        obstacle = ADAMS[key].obstacle(build=build)
         if not obstacle:
             return ADAMS[key], "; ".join(reasons) or "the default"
-        reasons.append(obstacle)
+        reasons.append(str(obstacle))
     raise AssertionError("torch's AdamW is always there")
 
 

@@ -7,8 +7,6 @@ import datetime
 import logging
 import os
 import socket
-import sys
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -17,7 +15,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from everest_ds.config.errors import UserError
-from everest_ds.training.optim import missing_compiler
+from everest_ds.training.ops import missing_compiler, own_ninja_first
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +41,7 @@ def start() -> None:
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(free_port()))
-    # torch looks for ninja on PATH; an environment that was not activated has it beside its Python.
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    own_ninja_first()
     if on_cpu():
         _prepare_cpu_communication()
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)

@@ -1,4 +1,7 @@
+import os
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +83,17 @@ def test_fused_adams_step_as_torch_does():
     for key in ("deepspeed", "offload"):
         assert not ADAMS[key].obstacle()
         torch.testing.assert_close(stepped(ADAMS[key]), stepped(ADAMS["torch"]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not Path(sys.executable).with_name("ninja").exists(), reason="this environment has no ninja")
+def test_ops_are_loaded_with_the_ninja_of_this_environment(monkeypatch, tmp_path):
+    (tmp_path / "ninja").write_text("#!/bin/sh\necho 1.0\n")
+    (tmp_path / "ninja").chmod(0o755)
+    monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path), os.environ["PATH"]]))
+    for _ in range(2):
+        assert not ADAMS["deepspeed"].obstacle()
+        assert shutil.which("ninja") == str(Path(sys.executable).with_name("ninja"))
+    assert os.environ["PATH"].split(os.pathsep).index(str(tmp_path)) == 1
 
 
 def test_a_run_without_a_compiler_says_one_line_and_trains(motion_videos, tmp_path):
