@@ -1,5 +1,8 @@
 """What gathers between two logged steps."""
 
+import json
+import math
+
 import pytest
 import torch
 
@@ -55,4 +58,34 @@ def test_time_is_that_of_steps(clock):
     sums = window.reduce([7.0])
     assert sums.step_s == pytest.approx(4.5)
     assert sums.data_wait_share == pytest.approx(3 / 9)
-    assert (sums.loss, sums.bad_in_a_row, sums.extra) == (6.0, 0, [7.0])
+    assert (sums.loss, sums.extra) == (6.0, [7.0])
+
+
+def test_the_loss_is_the_mean_of_the_finite_ones(clock):
+    window = Window(torch.device("cpu"))
+    for loss in (1.0, math.nan, 5.0, math.inf):
+        window.add(torch.tensor(loss))
+        clock.now += 1.0
+    sums = window.reduce([])
+    assert (sums.loss, sums.step_s) == (3.0, 1.0)
+    window.add(torch.tensor(math.nan))
+    clock.now += 1.0
+    assert math.isnan(window.reduce([]).loss)
+
+
+def test_a_window_that_is_continued_has_the_mean_of_all_its_steps(clock):
+    before, whole = Window(torch.device("cpu")), Window(torch.device("cpu"))
+    losses = torch.rand(7, generator=torch.Generator().manual_seed(0)).unbind()
+    for loss in losses[:4]:
+        before.add(loss)
+    after = Window(torch.device("cpu"))
+    after.restore(json.loads(json.dumps(before.sums())))
+    for loss in losses[4:]:
+        after.add(loss)
+        clock.now += 2.0
+    for loss in losses:
+        whole.add(loss)
+    clock.now += 1.0
+    resumed, straight = after.reduce([]), whole.reduce([])
+    assert resumed.loss == straight.loss  # to the last bit
+    assert resumed.step_s == pytest.approx(7 / 3)  # of its own steps alone
