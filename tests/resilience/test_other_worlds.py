@@ -1,0 +1,35 @@
+"""A run that changes its number of ranks and its ZeRO stage in the middle."""
+
+import pytest
+from killing import pretraining
+from launching import DS_CONFIGS, losses, new_console
+
+THIRD, STEPS = 6, 18
+SETTINGS = ("train.log_every_steps=1", "optim.warmup_steps=0", "optim.min_lr=0.01", "optim.base_lr=0.01")
+
+
+def test_two_ranks_then_one_then_four(motion_videos, tmp_path, one_rank, two_ranks):
+    """ZeRO-2 on 2 ranks, stage 0 on 1, ZeRO-3 on 4: the same samples in the same order, the same losses."""
+    stages = {
+        name: pretraining(motion_videos, STEPS, DS_CONFIGS / f"{name}.json") for name in ("zero2", "zero0", "zero3")
+    }
+    two_ranks.succeed(*stages["zero2"].command(tmp_path / "straight", *SETTINGS))
+    moved = tmp_path / "moved"
+    two_ranks.succeed(*stages["zero2"].command(moved, *SETTINGS, f"train.max_steps={THIRD}"))
+    second = one_rank.succeed(*stages["zero0"].command(moved, *SETTINGS, f"train.max_steps={2 * THIRD}"))
+    with new_console(4, tmp_path / "four") as four_ranks:
+        third = four_ranks.succeed(*stages["zero3"].command(moved, *SETTINGS))
+    told = "step {} ({}, global batch 4); from here on {}, global batch 4"
+    two, one, four = "2 ranks, ZeRO-2, fp32", "1 rank, ZeRO-0, fp32", "4 ranks, ZeRO-3, fp32"
+    assert told.format(THIRD, two, one) in second.stderr
+    assert told.format(2 * THIRD, one, four) in third.stderr
+    assert losses(moved) == pytest.approx(losses(tmp_path / "straight"), rel=1e-4)
+
+
+def test_the_global_batch_stays_where_the_micro_batch_is_what_was_said(motion_videos, tmp_path, one_rank, two_ranks):
+    """2 ranks of 3 clips; then 1 rank, whose micro-batch of 4 doesn't divide 6 and becomes 3, in two passes."""
+    case = pretraining(motion_videos, 4)
+    said = ("train.global_batch=null", "train.max_steps=2")
+    two_ranks.succeed(*case.command(tmp_path / "run", *said, "train.micro_batch=3"))
+    done = one_rank.succeed(*case.command(tmp_path / "run", *said, "train.max_steps=4", "train.micro_batch=4"))
+    assert "global batch 6 = micro-batch 3 x accumulation 2 x ranks 1; steps 2 to 4" in done.stderr
