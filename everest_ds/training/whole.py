@@ -6,10 +6,12 @@ any other. Reading and writing are collective calls.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -93,10 +95,9 @@ class WholeState:
 
     @steps.setter
     def steps(self, steps: int) -> None:
-        for holder in (*self._inner.state.values(), *self._inner.param_groups):
-            if "step" in holder:
-                old = holder["step"]
-                holder["step"] = torch.full_like(old, steps) if torch.is_tensor(old) else steps
+        _set_steps((*self._inner.state.values(), *self._inner.param_groups), steps)
+        if steps:
+            _repeat_bias_correction(self._inner, self._places.holders[0], steps)
 
     @property
     def scaler(self) -> dict[str, float]:
@@ -116,6 +117,31 @@ class WholeState:
             return None
         optimizer = self._engine.optimizer
         return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+
+
+def _set_steps(holders: Iterable[dict[str, Any]], steps: int) -> None:
+    for holder in holders:
+        if "step" in holder:
+            old = holder["step"]
+            holder["step"] = torch.full_like(old, steps) if torch.is_tensor(old) else steps
+
+
+def _repeat_bias_correction(inner: Any, holder: Tensor, steps: int) -> None:
+    """Bring the state that DeepSpeed's Adam hides on CPUs to where the steps would have brought it.
+
+    It multiplies powers of beta up, step by step; where the count leaps it computes them anew, which rounds
+    differently. So the steps are repeated, on a single number: some 15 s for a million.
+    """
+    if holder.device.type != "cpu" or not isinstance(inner, FusedAdam | DeepSpeedCPUAdam):
+        return
+    number = torch.zeros(1, requires_grad=True)
+    number.grad = torch.zeros(1)
+    groups = inner.param_groups
+    inner.param_groups = [{**groups[0], "params": [number], "step": 0}]
+    for _ in range(steps):
+        inner.step()
+    inner.param_groups = groups
+    del inner.state[number]
 
 
 def _partitions(optimizer: Any) -> list[Tensor]:
