@@ -9,12 +9,22 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import yaml
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from everest_ds.config.errors import UserError
 
 LONGEST_LINE = 600
 Value = TypeVar("Value")
+
+# The same examples every time.
+fuzz = settings(
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=150,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 
 
 def result_or_line(load: Callable[[], Value], *named: str) -> Value | str:

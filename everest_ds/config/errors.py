@@ -13,6 +13,7 @@ from typing import Any
 EXIT_USER_ERROR = 2
 # Ten unreadable videos with their paths and reasons fit; nobody reads more.
 LONGEST_MESSAGE = 4000
+_LONGEST_VALUE = 200
 _CUT = " ... "
 
 
@@ -32,13 +33,13 @@ class RankError(UserError):
 
 def shown(value: Any) -> str:
     """Return a value as messages show it: as Python writes it, but short, however large or deep it is."""
-    return _SHORT.repr(value)
+    return shortened(_SHORT.repr(value), _LONGEST_VALUE)
 
 
 class _Short(reprlib.Repr):
     def __init__(self) -> None:
         super().__init__()
-        self.maxlevel, self.maxdict, self.maxlist, self.maxtuple = 3, 3, 4, 4
+        self.maxlevel, self.maxdict, self.maxlist, self.maxtuple = 2, 3, 4, 4
         self.maxstring = self.maxother = 80
 
     def repr_int(self, x: int, level: int) -> str:  # noqa: ARG002 - its base's

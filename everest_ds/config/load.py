@@ -210,6 +210,8 @@ def _scalar(value: Any, kind: type, key: str) -> Any:
         value = str(value)
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{key}: expected a finite number, got {value!r}")
+    if isinstance(value, float) and abs(value) > LARGEST_WHOLE_NUMBER:
+        raise UserError(f"{key}: expected a number of at most {LARGEST_WHOLE_NUMBER}, got {value!r}")
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         raise UserError(f"{key}: expected {names[kind]}, got {shown(value)}")

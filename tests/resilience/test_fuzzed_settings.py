@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzzed_settings import DS_KEYS, as_json, as_yaml, keys_of, refused, result_or_line, tree_with, values
-from hypothesis import HealthCheck, given, settings
+from fuzzed_settings import DS_KEYS, as_json, as_yaml, fuzz, keys_of, refused, result_or_line, tree_with, values
+from hypothesis import given
 from hypothesis import strategies as st
 
 from everest_ds.config.ds_config import Facts, load_ds_config, resolve_ds_config
@@ -21,14 +21,6 @@ from everest_ds.data.manifest import read_manifest
 from everest_ds.data.members import require_storage
 
 FACTS = Facts(parameters=1_000, largest=100, width=96, ranks=2, on_cpu=True, bf16_supported=True, fp16_supported=False)
-
-fuzz = settings(
-    derandomize=True,
-    database=None,
-    deadline=None,
-    max_examples=150,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
-)
 
 
 class TestManifests:
