@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -84,3 +87,10 @@ def turned(path: Path, whole: Path, quarters: int) -> Path:
     data[start : start + len(matrix)] = matrix
     path.write_bytes(data)
     return path
+
+
+@contextlib.contextmanager
+def silent_server() -> Iterator[str]:
+    """A server on loopback that takes connections and never answers: the address of a video that hangs its reader."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/hangs.tar#512+1000#hangs.mp4"

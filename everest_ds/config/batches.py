@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from everest_ds.config.errors import UserError
+from everest_ds.config.errors import UserError, shown
 from everest_ds.config.schema import TrainConfig
 
 AUTO = "auto"
@@ -62,7 +62,7 @@ def _agree(recipe_key: str, recipe_value: int | None, ds_key: str, ds: Mapping[s
     if ds_value == AUTO:
         return recipe_value
     if not isinstance(ds_value, int) or isinstance(ds_value, bool) or ds_value < 1:
-        raise UserError(f"ds_config {ds_key}: expected a positive whole number or 'auto', got {ds_value!r}")
+        raise UserError(f"ds_config {ds_key}: expected a positive whole number or 'auto', got {shown(ds_value)}")
     if recipe_value not in (None, ds_value):
         raise UserError(f"ds_config {ds_key} = {ds_value} contradicts {recipe_key} = {recipe_value}; use 'auto' in one")
     return ds_value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from everest_ds.config.batches import AUTO, Batches
-from everest_ds.config.errors import UserError, nearest
+from everest_ds.config.ds_values import check_plain_values
+from everest_ds.config.errors import UserError, nearest, shown
+from everest_ds.config.files import LARGEST_SETTINGS_BYTES, read_bounded
+from everest_ds.config.json_text import parse_json
 from everest_ds.config.schema import OptimConfig, Recipe
 
 # Eight buckets: all but an eighth of the gradients can travel while the backward pass still computes. DeepSpeed's
@@ -59,17 +61,17 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
         UserError: the file is missing, isn't JSON, isn't an object, or has a mistyped top-level key.
     """
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        config = parse_json(read_bounded(path, LARGEST_SETTINGS_BYTES).decode())
     except OSError as error:
         raise UserError(f"ds_config {path}: {error.strerror}; shipped ones are in ds_configs/") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"ds_config {path}: not a JSON file ({error})") from error
     if not isinstance(config, dict):
         raise UserError(f"ds_config {path}: expected a JSON object, got {type(config).__name__}")
     for key in config:
         hint = "" if key in _TOP_LEVEL_KEYS else nearest(key, _TOP_LEVEL_KEYS, cutoff=_CLOSE_KEY)
         if hint:
-            raise UserError(f"ds_config {path}: unknown key '{key}'{hint}")
+            raise UserError(f"ds_config {path}: unknown key {shown(key)}{hint}")
     return config
 
 
@@ -80,6 +82,7 @@ def resolve_ds_config(raw: dict[str, Any], recipe: Recipe, facts: Facts) -> tupl
         UserError: recipe and JSON contradict each other, or ask for what the machine can't do.
     """
     ds = copy.deepcopy(raw)
+    check_plain_values(ds)
     batches = Batches.resolve(recipe.train, ds, facts.ranks)
     ds |= batches.as_deepspeed()
     if "scheduler" in ds:
@@ -101,7 +104,8 @@ def resolve_ds_config(raw: dict[str, Any], recipe: Recipe, facts: Facts) -> tupl
 
 def zero_stage(ds: dict[str, Any]) -> int:
     """The ZeRO stage that a DeepSpeed configuration asks for."""
-    return int(ds.get("zero_optimization", {}).get("stage", 0))
+    zero = ds.get("zero_optimization")
+    return _stage(zero) if isinstance(zero, dict) else 0
 
 
 def offloads_optimizer(ds: dict[str, Any]) -> bool:
@@ -154,7 +158,7 @@ def _fill_optimizer(ds: dict[str, Any], optim: OptimConfig, batches: Batches) ->
     for key, value in rules.items():
         if params.get(key, value) != value:
             raise UserError(
-                f"ds_config optimizer.params.{key} = {params[key]} contradicts {value} of the recipe (optim.*); "
+                f"ds_config optimizer.params.{key} = {shown(params[key])} contradicts {value} of the recipe (optim.*); "
                 "use 'auto'"
             )
 
@@ -166,7 +170,7 @@ def _section(parent: dict[str, Any], name: str, prefix: str = "") -> dict[str, A
         parent.pop(name, None)
         return {}
     if not isinstance(section, dict):
-        raise UserError(f"ds_config {prefix}{name}: expected an object, got {section!r}")
+        raise UserError(f"ds_config {prefix}{name}: expected an object, got {shown(section)}")
     return section
 
 
@@ -182,6 +186,11 @@ def _fill_precision(ds: dict[str, Any], facts: Facts) -> None:
         raise UserError("ds_config bfloat16: DeepSpeed calls it bf16 now; rename the section")
     supported = {"bf16": facts.bf16_supported, "fp16": facts.fp16_supported}
     sections = {name: _section(ds, name) for name in supported}
+    for name, section in sections.items():
+        enabled = section.get("enabled", False)
+        # DeepSpeed takes "yes" and 1 for true, too; what goes by the precision here would not.
+        if not isinstance(enabled, bool) and enabled != AUTO:
+            raise UserError(f"ds_config {name}.enabled: expected true, false or 'auto', got {shown(enabled)}")
     asked = {name for name, section in sections.items() if section.get("enabled") is True}
     for name, able in supported.items():
         if sections[name].get("enabled") == AUTO:
@@ -197,12 +206,19 @@ def _fill_precision(ds: dict[str, Any], facts: Facts) -> None:
 
 
 def _check_offload(zero: dict[str, Any]) -> None:
-    stage = zero.get("stage", 0)
-    if not isinstance(stage, int) and stage != AUTO:
-        raise UserError(f"ds_config zero_optimization.stage: expected 0, 1, 2 or 3, got {stage!r}")
+    stage = _stage(zero)
     for name, least in _OFFLOADS.items():
-        if zero.get(name, {}).get("device", "none") != "none" and stage != AUTO and stage < least:
+        if zero.get(name, {}).get("device", "none") != "none" and stage < least:
             raise UserError(f"ds_config zero_optimization.{name}: needs ZeRO stage {least} or higher")
+
+
+def _stage(zero: dict[str, Any]) -> int:
+    stage = zero.get("stage", 0)
+    if stage == AUTO:
+        raise UserError("ds_config zero_optimization.stage: 'auto' can't be filled here; give a value")
+    if not isinstance(stage, int) or isinstance(stage, bool):
+        raise UserError(f"ds_config zero_optimization.stage: expected 0, 1, 2 or 3, got {shown(stage)}")
+    return stage
 
 
 def _autos(tree: Any, prefix: str = "") -> Iterator[str]:

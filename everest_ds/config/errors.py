@@ -5,24 +5,71 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import reprlib
 import sys
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 EXIT_USER_ERROR = 2
 _EXIT_INTERRUPTED = 130
+# Ten unreadable videos with their paths and reasons fit; nobody reads more.
+LONGEST_MESSAGE = 4000
+_LONGEST_VALUE = 200
+_CUT = " ... "
 
 
 class UserError(Exception):
     """A mistake that its message explains in one line: what is wrong, where, and what to do.
 
+    Whatever outside files put into the message, it stays one line of printable characters and of some length.
     ``exit_code``: what a command ends with.
     """
 
     exit_code = EXIT_USER_ERROR
 
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_one_line(message))
+
 
 class RankError(UserError):
     """One that this rank alone has met, so that it must speak whatever its number."""
+
+
+def shown(value: Any) -> str:
+    """Return a value as messages show it: as Python writes it, but short, however large or deep it is."""
+    return shortened(_SHORT.repr(value), _LONGEST_VALUE)
+
+
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxdict, self.maxlist, self.maxtuple = 2, 3, 4, 4
+        self.maxstring = self.maxother = 80
+
+    def repr_int(self, x: int, level: int) -> str:  # noqa: ARG002 - its base's
+        # Python refuses to write thousands of digits.
+        return repr(x) if abs(x) < 10**self.maxlong else f"a number of {x.bit_length()} bits"
+
+
+_SHORT = _Short()
+
+
+def shortened(text: str, longest: int) -> str:
+    """Return a text, its middle left out where it is longer: the end says what to do."""
+    if len(text) <= longest:
+        return text
+    end = longest // 4
+    return text[: longest - end - len(_CUT)] + _CUT + text[-end:]
+
+
+def _one_line(message: str) -> str:
+    printable = message.isprintable()
+    line = message if printable else "".join(map(_printable, " ".join(message.splitlines())))
+    return shortened(line, LONGEST_MESSAGE)
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else repr(character)[1:-1]
 
 
 def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.5) -> str:

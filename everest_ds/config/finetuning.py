@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from everest_ds.config.schema import (
     IMPORTANCE_SELECTORS,
+    LARGEST_CLASSES,
     Crop,
     DataConfig,
     ModelConfig,
@@ -13,9 +14,13 @@ from everest_ds.config.schema import (
     Recipe,
     TrainConfig,
     check,
+    check_most,
     section,
     setting,
 )
+
+_MOST_OPERATIONS = 100
+_MOST_VIEWS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +37,7 @@ class ClassifierConfig(ModelConfig):
         super().__post_init__()
         check(0 <= self.drop_path < 1, "model.drop_path", f"must be in [0, 1), got {self.drop_path}")
         check(self.classes is None or self.classes > 1, "model.classes", f"must be at least 2, got {self.classes}")
+        check_most(self, "model", classes=LARGEST_CLASSES)
 
     def _check_selection(self) -> None:
         check(
@@ -101,7 +107,10 @@ class AugmentConfig:
     label_smoothing: float = setting(0.1, "share of the target spread over all classes", source="paper, Table 8")
 
     def __post_init__(self) -> None:
-        check(self.rand_augment_ops >= 0, "augment.rand_augment_ops", "must not be negative")
+        ops = self.rand_augment_ops
+        check(
+            0 <= ops <= _MOST_OPERATIONS, "augment.rand_augment_ops", f"must be in [0, {_MOST_OPERATIONS}], got {ops}"
+        )
         strength = self.rand_augment_magnitude
         check(0 <= strength <= 10, "augment.rand_augment_magnitude", f"must be in [0, 10], got {strength}")
         for key in ("rand_augment_std", "mixup", "cutmix"):
@@ -123,6 +132,7 @@ class TestConfig:
     def __post_init__(self) -> None:
         for key in ("clips", "crops", "micro_batch"):
             check(getattr(self, key) > 0, f"test.{key}", f"must be positive, got {getattr(self, key)}")
+        check_most(self, "test", clips=_MOST_VIEWS, crops=_MOST_VIEWS, micro_batch=_MOST_VIEWS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +17,16 @@ from typing import Any, TypeVar
 
 import yaml
 
-from everest_ds.config.errors import UserError, nearest
+from everest_ds.config.errors import UserError, nearest, shown
+from everest_ds.config.files import LARGEST_SETTINGS_BYTES, read_bounded
 from everest_ds.config.schema import Recipe
+from everest_ds.config.yaml_text import YamlTextError, parse_yaml
 
+# Beyond it a float holds no whole number exactly, and 64-bit arithmetic on steps and frames overflows.
+LARGEST_WHOLE_NUMBER = 2**53
+# PATH_MAX: the longest text among the settings is a path.
+LONGEST_TEXT = 4096
+LONGEST_LIST = 100
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
@@ -68,8 +76,7 @@ def build(kind: type, tree: Mapping[str, Any], prefix: str = "") -> Any:
     hints = typing.get_type_hints(kind)
     for key in tree:
         if key not in hints:
-            known = [prefix + name for name in hints]
-            raise UserError(f"unknown key '{prefix}{key}'{nearest(f'{prefix}{key}', known)}")
+            raise UserError(_unknown_key(prefix, key, hints))
     values = {}
     for key, value in tree.items():
         if dataclasses.is_dataclass(hints[key]):
@@ -77,6 +84,13 @@ def build(kind: type, tree: Mapping[str, Any], prefix: str = "") -> Any:
         else:
             values[key] = _coerce(value, hints[key], prefix + key)
     return kind(**values)
+
+
+def _unknown_key(prefix: str, key: Any, hints: Mapping[str, Any]) -> str:
+    if not isinstance(key, str):
+        return f"unknown key {shown(key)}; keys are text" + (f", as in {prefix}" if prefix else "")
+    name = prefix + key
+    return f"unknown key {shown(name)}{nearest(name, [prefix + known for known in hints])}"
 
 
 def group(tree: Mapping[str, Any], key: str, prefix: str = "") -> Mapping[str, Any]:
@@ -88,7 +102,7 @@ def group(tree: Mapping[str, Any], key: str, prefix: str = "") -> Mapping[str, A
     value = tree.get(key)
     # A group whose lines are all comments reads as null.
     if not isinstance(value, Mapping | None):
-        raise UserError(f"{prefix}{key}: expected a group of settings, got {value!r}")
+        raise UserError(f"{prefix}{key}: expected a group of settings, got {shown(value)}")
     return value or {}
 
 
@@ -122,11 +136,11 @@ def _items(config: Any) -> Iterator[tuple[str, Any]]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(read_bounded(path, LARGEST_SETTINGS_BYTES).decode())
     except OSError as error:
         raise UserError(f"recipe {path}: {error.strerror}; shipped ones are in run/recipes/") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise UserError(f"recipe {path}: not a YAML file ({str(error).splitlines()[0]})") from error
+    except (YamlTextError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path}: not a YAML file ({error})") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -137,11 +151,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"override '{override}': expected key=value, such as model.size=vit_base")
+        raise UserError(f"override {shown(override)}: expected key=value, such as model.size=vit_base")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"override '{override}': the value is not YAML") from error
+        value = parse_yaml(text)
+    except YamlTextError as error:
+        raise UserError(f"override {shown(override)}: the value is not YAML ({error})") from error
     _set(tree, key, value, override)
 
 
@@ -150,7 +164,7 @@ def _set(tree: dict[str, Any], key: str, value: Any, override: str) -> None:
     for group in groups:
         inner = tree[group] = {} if tree.get(group) is None else tree[group]
         if not isinstance(inner, dict):
-            raise UserError(f"override '{override}': '{group}' is a value, not a group of settings")
+            raise UserError(f"override {shown(override)}: {shown(group)} is a value, not a group of settings")
         tree = inner
     tree[last] = value
 
@@ -164,18 +178,26 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
         return _coerce(value, hint, key)
     if origin is typing.Literal:
         # YAML reads off, no and on as booleans; none of ours is meant as one.
-        if value in args:
+        if isinstance(value, str) and value in args:
             return value
-        raise UserError(f"{key}: expected one of {', '.join(args)}, got {value!r}{nearest(str(value), args)}")
+        close = nearest(value, args) if isinstance(value, str) else ""
+        raise UserError(f"{key}: expected one of {', '.join(args)}, got {shown(value)}{close}")
     if origin is tuple:
-        if not isinstance(value, list | tuple) or (args[-1] is not ... and len(value) != len(args)):
-            wanted = "a list" if args[-1] is ... else f"a list of {len(args)}"
-            raise UserError(f"{key}: expected {wanted} numbers, got {value!r}")
-        return tuple(_coerce(item, args[0], key) for item in value)
+        return tuple(_coerce(item, args[0], key) for item in _items_of(value, args, key))
     return _scalar(value, hint, key)
 
 
+def _items_of(value: Any, args: tuple[Any, ...], key: str) -> Sequence[Any]:
+    any_number = args[-1] is ...
+    if not isinstance(value, list | tuple) or (len(value) > LONGEST_LIST if any_number else len(value) != len(args)):
+        wanted = f"a list of at most {LONGEST_LIST}" if any_number else f"a list of {len(args)}"
+        raise UserError(f"{key}: expected {wanted} numbers, got {shown(value)}")
+    return value
+
+
 def _scalar(value: Any, kind: type, key: str) -> Any:
+    if isinstance(value, int) and abs(value) > LARGEST_WHOLE_NUMBER:
+        raise UserError(f"{key}: expected a number of at most {LARGEST_WHOLE_NUMBER}, got {shown(value)}")
     if kind is float and isinstance(value, str):
         # YAML 1.1 takes 1e-3 for a string: it wants 1.0e-3.
         with contextlib.suppress(ValueError):
@@ -188,7 +210,23 @@ def _scalar(value: Any, kind: type, key: str) -> Any:
         value = str(value)
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{key}: expected a finite number, got {value!r}")
+    if isinstance(value, float) and abs(value) > LARGEST_WHOLE_NUMBER:
+        raise UserError(f"{key}: expected a number of at most {LARGEST_WHOLE_NUMBER}, got {value!r}")
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        raise UserError(f"{key}: expected {names[kind]}, got {value!r}")
+        raise UserError(f"{key}: expected {names[kind]}, got {shown(value)}")
+    if isinstance(value, str):
+        _check_text(value, key)
     return value
+
+
+def _check_text(text: str, key: str) -> None:
+    """Refuse what no file can be called; the rest is for whoever opens it to judge."""
+    if len(text) > LONGEST_TEXT:
+        raise UserError(f"{key}: expected text of at most {LONGEST_TEXT} characters, got {shown(text)}")
+    try:
+        encoded = os.fsencode(text)
+    except UnicodeEncodeError:
+        encoded = b"\0"
+    if b"\0" in encoded:
+        raise UserError(f"{key}: expected text of whole characters without null bytes, got {shown(text)}")

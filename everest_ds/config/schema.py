@@ -28,6 +28,18 @@ OnSaveError = Literal["continue", "stop"]
 # Selectors that rank tokens by importance.
 IMPORTANCE_SELECTORS = ("rero", "least")
 _LARGEST_ALPHA = 16.0
+# Beyond these a model can't be built, or takes the machine's memory before anyone can say so. The paper has 1568 tokens
+# of 1536 numbers and 174 classes at most; ImageNet-21k has 21841.
+LARGEST_TOKENS = 2**17
+LARGEST_TOKEN_NUMBERS = 2**16
+LARGEST_CLASSES = 100_000
+_MOST_BLOCKS = 256
+_LARGEST_WIDTH = 2**14
+# Processes, batches, clips and operations that nobody means.
+_MOST_WORKERS = 1024
+_MANY = 10_000
+# Longer than any system waits for anything.
+_LONGEST_WAIT_S = 7 * 24 * 3600.0
 
 
 def setting(default: Any, doc: str, *, source: str = "ours") -> Any:
@@ -44,6 +56,13 @@ def check(holds: bool, key: str, message: str) -> None:
     """Raise a UserError about ``key`` unless the check holds."""
     if not holds:
         raise UserError(f"{key}: {message}")
+
+
+def check_most(settings: Any, group: str, **most: float) -> None:
+    """Raise a UserError about the first of these settings that is above its bound."""
+    for key, bound in most.items():
+        value = getattr(settings, key)
+        check(value is None or value <= bound, f"{group}.{key}", f"must be at most {bound:g}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +118,24 @@ class ModelConfig:
                 object.__setattr__(self, key, value)
             check(getattr(self, key) > 0, f"model.{key}", f"must be positive, got {getattr(self, key)}")
         self._check_divisions()
+        self._check_sizes()
         self._check_ratios()
 
     def _check_divisions(self) -> None:
         for key, unit in (("image_size", "patch"), ("frames", "tubelet"), ("decoder_width", "decoder_heads")):
             whole, part = getattr(self, key), getattr(self, unit)
             check(whole % part == 0, f"model.{key}", f"{whole} is not divisible by model.{unit} = {part}")
+
+    def _check_sizes(self) -> None:
+        check_most(self, "model", decoder_depth=_MOST_BLOCKS, decoder_width=_LARGEST_WIDTH)
+        side = self.image_size // self.patch_pixels
+        tokens, numbers = self.candidate_slots * side**2, 3 * self.tubelet * self.patch_pixels**2
+        check(tokens <= LARGEST_TOKENS, "model.image_size", f"makes {tokens} tokens; at most {LARGEST_TOKENS}")
+        check(
+            numbers <= LARGEST_TOKEN_NUMBERS,
+            "model.patch",
+            f"makes tokens of {numbers} numbers; at most {LARGEST_TOKEN_NUMBERS}",
+        )
 
     def _check_ratios(self) -> None:
         for key in ("keep_ratio", "visible_ratio"):
@@ -201,6 +232,9 @@ class DataConfig:
             check(getattr(self, key) > 0, f"data.{key}", f"must be positive, got {getattr(self, key)}")
         check(self.workers >= 0, "data.workers", f"must not be negative, got {self.workers}")
         check(self.timeout_s >= 0, "data.timeout_s", f"must not be negative, got {self.timeout_s}")
+        check_most(
+            self, "data", workers=_MOST_WORKERS, prefetch=_MANY, clips_per_video=_MANY, timeout_s=_LONGEST_WAIT_S
+        )
         check(0 <= self.max_bad_share <= 1, "data.max_bad_share", f"must be in [0, 1], got {self.max_bad_share}")
         check(len(self.crop_scales) > 0, "data.crop_scales", "needs at least one scale")
         for scale in self.crop_scales:

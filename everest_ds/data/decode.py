@@ -22,9 +22,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from everest_ds.config.errors import UserError
+from everest_ds.data.claims import exaggeration
 from everest_ds.data.members import Member
 
 NOT_A_VIDEO = "not a video, or cut off"
+# Pixels of a picture: 8192 x 8192, as panoramas for two eyes have. 16 of them take 3 GiB, and a few bytes ask for more.
+LARGEST_PICTURE = 8192 * 8192
 _LONGEST_REASON = 200
 
 
@@ -69,6 +72,7 @@ def decode(path: str, choose: Callable[[int], ArrayLike], decoder: str = "decord
     """
     open_reader, errors = DECODERS[decoder]()
     video = open_video(path)
+    _check_claims(path, video)
     with _reported(path, errors):
         reader = open_reader(video)
         length = len(reader)
@@ -149,6 +153,31 @@ def _check_file(path: str) -> None:
         raise DecodeError(path, "empty file")
 
 
+def _check_claims(path: str, video: str | io.BytesIO) -> None:
+    """Refuse what a library would end its process on.
+
+    Raises:
+        DecodeError: the file claims what no video has, or can't be read.
+    """
+    try:
+        if isinstance(video, str):
+            with open(video, "rb") as file:  # noqa: PTH123 - of text, for every sample
+                reason = exaggeration(file)
+        else:
+            reason = exaggeration(video)
+            video.seek(0)
+    except OSError as error:
+        raise DecodeError(path, (error.strerror or one_line(error)).lower()) from error
+    if reason is not None:
+        raise DecodeError(path, reason)
+
+
+def _check_picture(height: int, width: int) -> None:
+    if height * width > LARGEST_PICTURE:
+        # As the libraries say it: it is the file's fault.
+        raise RuntimeError(f"pictures of {width} x {height} pixels")
+
+
 class _DecordReader:
     def __init__(self, decord: Any, video: str | io.BytesIO) -> None:
         # One thread: the workers are the parallelism.
@@ -157,6 +186,8 @@ class _DecordReader:
             # decord leaves the file's bytes in a reference cycle: megabytes, which count as few objects.
             gc.collect(0)
         self._error = decord._ffi.base.DECORDError
+        # Asked for no frame, it says how large they are without decoding one.
+        _check_picture(*self._reader.get_batch([]).shape[1:3])
 
     def __len__(self) -> int:
         return len(self._reader)
@@ -184,6 +215,7 @@ def _without_padding(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
 class _TorchcodecReader:
     def __init__(self, decoders: Any, video: str | io.BytesIO) -> None:
         self._decoder = decoders.VideoDecoder(video, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
+        _check_picture(self._decoder.metadata.height or 0, self._decoder.metadata.width or 0)
 
     def __len__(self) -> int:
         return len(self._decoder)
@@ -204,8 +236,8 @@ def _decord() -> _Opener:
     own = [
         kind for name, kind in vars(decord._ffi.base).items() if name.startswith("DECORD") and name.endswith("Error")
     ]
-    # An assertion guards its frame count.
-    return functools.partial(_DecordReader, decord), (RuntimeError, AssertionError, *own)
+    # An assertion guards its frame count; a damaged file's frames may differ in shape.
+    return functools.partial(_DecordReader, decord), (RuntimeError, AssertionError, ValueError, *own)
 
 
 @functools.cache

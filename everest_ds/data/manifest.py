@@ -22,11 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from everest_ds.config.errors import UserError
+from everest_ds.config.errors import UserError, shown
+from everest_ds.config.files import read_bounded
 from everest_ds.data.members import is_url
 
 LARGEST_LABEL = 2**31 - 1
 _MOST_DIGITS = 12
+# Ten million videos with long paths.
+LARGEST_MANIFEST_BYTES = 2**30
+# Paths have at most 4096 bytes; a signed URL, or a member's name after its shard's, may make them longer.
+_LONGEST_LINE = 16384
 UNLISTABLE = "a manifest can't hold its name (not UTF-8, a line break, or a blank at an end)"
 
 _SUFFIX = r"\.(?:mp4|m4v|mov|avi|mkv|webm|mpe?g|mts|ts|wmv|flv|ogv|3gp)"
@@ -142,7 +147,7 @@ def check_labels(entries: Iterable[Entry], classes: int, *, key: str) -> None:
 
 def _read_text(manifest: Path, key: str) -> str:
     try:
-        text = manifest.read_bytes().decode("utf-8-sig")
+        text = read_bounded(manifest, LARGEST_MANIFEST_BYTES).decode("utf-8-sig")
     except IsADirectoryError:
         raise UserError(f"{key}: {manifest} is a folder; give a text file that lists one video per line") from None
     except OSError as error:
@@ -177,6 +182,8 @@ def _is_header(text: str) -> bool:
 
 
 def _parse_line(number: int, text: str) -> _Line:
+    if len(text) > _LONGEST_LINE:
+        raise _LineError(f"{len(text)} characters, more than a path can have; is this a list of videos?")
     quoted = text.startswith('"')
     path, last = _split_quoted(text) if quoted else _split(text)
     if last is None:
@@ -185,7 +192,7 @@ def _parse_line(number: int, text: str) -> _Line:
         else:
             return _Line(number, path, path, None, certain=True)
     if not _INTEGER.fullmatch(last):
-        raise _LineError(f"the label '{last}' is not a whole number" if last else "the label is missing")
+        raise _LineError(f"the label {shown(last)} is not a whole number" if last else "the label is missing")
     if not path:
         raise _LineError("the path is empty")
     # The length first: Python refuses to read thousands of digits.
@@ -221,7 +228,7 @@ def _has_labels(lines: list[_Line], where: str) -> bool:
     without = next((line for line in lines if line.label is None), None)
     if with_label is not None and without is not None:
         raise UserError(
-            f"{where}: line {without.number} ('{without.text}') has no whole number as label, but line "
-            f"{with_label.number} ('{with_label.path}') has; give every line a label or none"
+            f"{where}: line {without.number} ({shown(without.text)}) has no whole number as label, but line "
+            f"{with_label.number} ({shown(with_label.path)}) has; give every line a label or none"
         )
     return without is None

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 import re
+import stat
 import tarfile
 import time
 from collections.abc import Iterable
@@ -18,7 +20,8 @@ from typing import Any
 
 from everest_ds.config.errors import UserError
 
-_PATH = re.compile(r"(.+)#(\d+)\+(\d+)#(.+)", re.DOTALL)
+# As many digits as a place in a file can have.
+_PATH = re.compile(r"(.+)#([0-9]{1,18})\+([0-9]{1,18})#(.+)", re.DOTALL)
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _HEADER_BYTES = tarfile.BLOCKSIZE
 # What a header has room for.
@@ -99,12 +102,19 @@ def filesystem(url: str) -> tuple[Any, str]:
     scheme = url.partition("://")[0]
     try:
         found: tuple[Any, str] = importlib.import_module("fsspec.core").url_to_fs(url)
-    except (ImportError, ValueError) as error:
+    except Exception as error:  # each of fsspec's storages has exceptions of its own
         raise UserError(f"{scheme}:// in a manifest: {error}; or mount the storage") from error
     return found
 
 
 def _read(path: str, start: int, stop: int) -> bytes:
+    status = os.stat(path)  # noqa: PTH116 - of text, for every sample
+    if not stat.S_ISREG(status.st_mode):
+        # A pipe would be waited for.
+        raise ValueError("its shard is not a file")
+    if stop > status.st_size:
+        # Python reserves as much as it is asked for.
+        return b""
     with open(path, "rb") as file:  # noqa: PTH123 - of text, for every sample
         file.seek(start)
         return file.read(stop - start)

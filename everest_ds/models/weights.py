@@ -7,8 +7,8 @@ with zeros for k. A k bias shifts all logits of a query alike, which softmax ign
 from __future__ import annotations
 
 import argparse
-import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from everest_ds.config.errors import UserError
+from everest_ds.config.errors import UserError, shortened, shown
 from everest_ds.config.finetuning import ClassifierConfig
+from everest_ds.config.json_text import parse_json
 from everest_ds.config.load import build
 from everest_ds.config.schema import ModelConfig
 from everest_ds.models.autoencoder import MaskedAutoencoder
@@ -39,6 +40,7 @@ _FIXED_TABLES = ("pos_embed",)
 _ENCODER = "encoder."
 _HEAD = "head.weight"
 _NAMED = 6  # names listed one by one in a line
+_LONGEST_REASON = 200
 # Where official checkpoints keep their state dict.
 _OFFICIAL_ENTRIES = ("model", "module")
 
@@ -89,8 +91,8 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         if key.endswith(".v_bias"):
             q_bias = state.get(key.removesuffix("v_bias") + "q_bias")
-            if q_bias is None:
-                raise UserError(f"{key}: a v_bias without its q_bias; not an official checkpoint")
+            if q_bias is None or not q_bias.ndim == value.ndim == 1:
+                raise UserError(f"{shown(key)}: a v_bias without its q_bias; not an official checkpoint")
             ours[key.removesuffix("v_bias") + "qkv.bias"] = torch.cat([q_bias, torch.zeros_like(value), value])
         else:
             new_key = _CONV_EMBED.sub(r"\1patch_embed.", key)
@@ -109,10 +111,13 @@ def read_weights(path: str | Path, *, key: str = "weights") -> Weights:
     Raises:
         UserError: there is no such file, or it is neither ours nor official.
     """
-    file = Path(path) / WEIGHTS_FILE if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        where = f"no {WEIGHTS_FILE} here; a run writes it when it ends" if Path(path).is_dir() else "no such file"
-        raise UserError(f"{key}: {path}: {where}")
+    try:
+        file = Path(path) / WEIGHTS_FILE if Path(path).is_dir() else Path(path)
+        if not file.is_file():
+            where = f"no {WEIGHTS_FILE} here; a run writes it when it ends" if Path(path).is_dir() else "no such file"
+            raise UserError(f"{key}: {path}: {where}")
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise UserError(f"{key}: {path}: {getattr(error, 'strerror', None) or error}") from error
     if file.suffix == ".safetensors":
         return _read_ours(file, key)
     return Weights(file=file, state=_read_official(file, key), settings=None)
@@ -132,10 +137,14 @@ def load_pretrained(path: str | Path, *, device_type: str = "cpu") -> MaskedAuto
     if weights.settings is None:
         raise UserError(f"{weights.file}: not weights that everest_ds wrote; load_encoder takes official checkpoints")
     model: MaskedAutoencoder | VideoClassifier
-    if weights.classes is None:
-        model = MaskedAutoencoder(build(ModelConfig, weights.settings, "model."), device_type=device_type)
-    else:
-        model = VideoClassifier(build(ClassifierConfig, weights.settings, "model."), device_type=device_type)
+    try:
+        if weights.classes is None:
+            model = MaskedAutoencoder(build(ModelConfig, weights.settings, "model."), device_type=device_type)
+        else:
+            model = VideoClassifier(build(ClassifierConfig, weights.settings, "model."), device_type=device_type)
+    except UserError as error:
+        raise UserError(f"{weights.file}: not weights that everest_ds wrote ({error})") from error
+    _check_all(model.state_dict(), weights)
     model.load_state_dict(weights.state)
     return model
 
@@ -161,7 +170,7 @@ def load_encoder(model: VideoClassifier, weights: Weights, *, new_head: bool = F
     if not matched:
         raise UserError(f"{key}: {weights.file}: none of its {len(weights.state)} tensors is a part of the classifier")
     for name in matched:
-        _check_shape(name, wanted[name], found[name], weights.file, key)
+        _check_tensor(name, wanted[name], found[name], weights.file, key)
     model.load_state_dict({name: found[name] for name in matched}, strict=False)
     used = {name for name in weights.state if name.removeprefix(_ENCODER) in matched}
     return Match(
@@ -174,29 +183,39 @@ def load_encoder(model: VideoClassifier, weights: Weights, *, new_head: bool = F
 def _read_ours(file: Path, key: str) -> Weights:
     try:
         with safe_open(file, framework="pt") as opened:
-            settings = json.loads((opened.metadata() or {})[CONFIG_KEY])
+            settings = parse_json((opened.metadata() or {})[CONFIG_KEY])
             state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"{key}: {file}: not weights that everest_ds wrote ({error})") from error
+    except Exception as error:  # a header that lies can raise anything
+        raise UserError(f"{key}: {file}: not weights that everest_ds wrote ({_reason(error)})") from error
     if not isinstance(settings, dict):
-        raise UserError(f"{key}: {file}: not weights that everest_ds wrote (its settings are {settings!r:.50})")
+        raise UserError(f"{key}: {file}: not weights that everest_ds wrote (its settings are {shown(settings)})")
     return Weights(file=file, state=state, settings=settings)
 
 
 def _read_official(file: Path, key: str) -> dict[str, Tensor]:
     try:
         # Official checkpoints hold their command line, a Namespace of plain values, beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            # Of odd pickles, which are read or refused all the same.
+            warnings.simplefilter("ignore", UserWarning)
             found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a file that is no checkpoint can raise anything
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{key}: {file}: not weights that everest_ds wrote, nor a state dict ({reason})") from error
+        raise UserError(
+            f"{key}: {file}: not weights that everest_ds wrote, nor a state dict ({_reason(error)})"
+        ) from error
     for entry in _OFFICIAL_ENTRIES:
         if isinstance(found, Mapping) and isinstance(found.get(entry), Mapping):
             found = found[entry]
     if not isinstance(found, Mapping) or not any(torch.is_tensor(value) for value in found.values()):
         raise UserError(f"{key}: {file}: not weights that everest_ds wrote, nor a state dict (no tensors in it)")
-    return from_official({n: value for n, value in found.items() if isinstance(n, str) and torch.is_tensor(value)})
+    try:
+        return from_official({n: value for n, value in found.items() if isinstance(n, str) and torch.is_tensor(value)})
+    except UserError as error:
+        raise UserError(f"{key}: {file}: {error}") from error
+
+
+def _reason(error: Exception) -> str:
+    return shortened(" ".join(str(error).split()) or type(error).__name__, _LONGEST_REASON)
 
 
 def _classifier_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -209,13 +228,28 @@ def _check_settings(config: ClassifierConfig, weights: Weights, key: str) -> Non
     for name in _SHAPE_KEYS:
         there, here = (weights.settings or {}).get(name), getattr(config, name)
         if there not in (None, here):
-            raise UserError(f"{key}: {weights.file} has model.{name} = {there}, this run {here}; leave it out")
+            raise UserError(f"{key}: {weights.file} has model.{name} = {_plain(there)}, this run {here}; leave it out")
 
 
-def _check_shape(name: str, wanted: Tensor, found: Tensor, file: Path, key: str) -> None:
+def _plain(setting: Any) -> str:
+    return setting if isinstance(setting, str) and len(setting) <= _LONGEST_REASON else shown(setting)
+
+
+def _check_all(wanted: Mapping[str, Tensor], weights: Weights) -> None:
+    if wanted.keys() != weights.state.keys():
+        names = shortened(_listed(sorted(wanted.keys() ^ weights.state.keys())), _LONGEST_REASON)
+        raise UserError(f"{weights.file}: not the tensors of the model that its settings describe: {names}")
+    for name, tensor in wanted.items():
+        _check_tensor(name, tensor, weights.state[name], weights.file, "weights")
+
+
+def _check_tensor(name: str, wanted: Tensor, found: Tensor, file: Path, key: str) -> None:
+    dense = found.layout == torch.strided and found.device.type == "cpu"
+    if not (dense and found.is_floating_point()):
+        raise UserError(f"{key}: {file}: {name} is not a dense tensor of floating-point numbers")
     if wanted.shape == found.shape:
         return
-    if name.startswith("head."):
+    if name.startswith("head.") and found.ndim == wanted.ndim:
         raise UserError(
             f"{key}: {file} has a head of {len(found)} classes, this run {len(wanted)}; with train.new_head=true the "
             "head starts afresh"

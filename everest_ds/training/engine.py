@@ -13,7 +13,7 @@ from torch import nn
 
 from everest_ds.config.batches import GLOBAL, Batches
 from everest_ds.config.ds_config import Facts, resolve_ds_config, zero_stage
-from everest_ds.config.errors import UserError
+from everest_ds.config.errors import UserError, shortened
 from everest_ds.config.schema import Recipe
 from everest_ds.models import MaskedAutoencoder, VideoClassifier, build_network
 from everest_ds.models.parameter_groups import parameter_groups
@@ -22,6 +22,8 @@ from everest_ds.training.ops import missing_compiler
 from everest_ds.training.optim import build_optimizer
 
 log = logging.getLogger(__name__)
+# DeepSpeed repeats the value that it refuses.
+_LONGEST_REASON = 400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,8 @@ def check_ds_config(ds: dict[str, Any]) -> None:
         # Without the global batch: it is solved already, and DeepSpeed knows of one rank until the group exists.
         deepspeed.DeepSpeedConfig({key: value for key, value in ds.items() if key != GLOBAL})
     except Exception as error:  # DeepSpeed raises pydantic's, its own and plain assertion errors alike
-        raise UserError(f"ds_config: DeepSpeed refuses it: {' '.join(str(error).split())}") from error
+        reason = shortened(" ".join(str(error).split()), _LONGEST_REASON)
+        raise UserError(f"ds_config: DeepSpeed refuses it: {reason}") from error
 
 
 def resolve(raw: dict[str, Any], recipe: Recipe, model: nn.Module) -> tuple[dict[str, Any], Batches]:

@@ -1,10 +1,11 @@
 import contextlib
+import pickle
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everest_ds.config.errors import UserError, one_line_errors
+from everest_ds.config.errors import LONGEST_MESSAGE, RankError, UserError, one_line_errors, shown
 from everest_ds.config.load import describe_keys, dump, load_recipe
 from everest_ds.config.schema import Recipe
 
@@ -67,6 +68,16 @@ def test_sizes_fill_what_is_null():
         ("optim.warmup_steps=-5", "must not be negative"),
         ("optim.base_lr=.inf", "expected a finite number"),
         ("data.crop_scales=[2.0]", "must be in (0, 1]"),
+        ("model.image_size=160000", "model.image_size: makes 800000000 tokens; at most 131072"),
+        ("model.frames=2000000", "model.image_size: makes 196000000 tokens"),
+        ("model.decoder_depth=100000", "model.decoder_depth: must be at most 256"),
+        ("model.decoder_width=30000000", "model.decoder_width: must be at most 16384"),
+        ("model.patch=224", "makes tokens of 301056 numbers; at most 65536"),
+        ("data.workers=100000", "data.workers: must be at most 1024, got 100000"),
+        ("data.timeout_s=1e12", "data.timeout_s: must be at most 604800"),
+        ("optim.warmup_epochs=1e300", "expected a number of at most 9007199254740992, got 1e+300"),
+        ("train.seed=" + "1" * 30, "expected a number of at most 9007199254740992"),
+        ("data.train='" + "x" * 5000 + "'", "expected text of at most 4096 characters"),
     ],
 )
 def test_mistakes_are_named(override, told):
@@ -102,6 +113,28 @@ def test_any_text_is_an_override_or_a_mistake(text):
 def test_every_key_is_documented():
     assert len(list(describe_keys())) > 40
     assert all(": " in line and line.endswith("]") for line in describe_keys())
+
+
+def test_messages_are_short_and_printable():
+    """Whatever a file puts into one."""
+    assert str(UserError("a\nb\x1b[2J\0\ud800\u00fc")) == "a b\\x1b[2J\\x00\\ud800\u00fc"
+    long = str(UserError("begin " + "x" * 1_000_000 + " end"))
+    assert (len(long), long[:6], long[-4:]) == (LONGEST_MESSAGE, "begin ", " end")
+    again = pickle.loads(pickle.dumps(RankError("a\nb")))
+    assert (type(again), str(again)) == (RankError, "a b")
+
+
+def test_values_are_shown_short():
+    assert shown("vit_bas") == "'vit_bas'"
+    assert shown([1, 2.5, None, True]) == "[1, 2.5, None, True]"
+    assert shown(10**5000) == "a number of 16610 bits"
+    laughs = "x"
+    for _ in range(50):
+        laughs = [laughs] * 9
+    itself: list = []
+    itself.append(itself)
+    for value in ("x" * 1_000_000, laughs, itself, dict.fromkeys(range(1000), "y" * 1000), b"z" * 1_000_000):
+        assert len(shown(value)) <= 200
 
 
 def test_a_mistake_ends_a_command_in_one_line(capsys):

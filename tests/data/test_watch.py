@@ -7,12 +7,12 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from video_files import silent_server
 
 from everest_ds.config.errors import UserError
 from everest_ds.config.schema import DataConfig
@@ -32,40 +32,36 @@ def same(one: Batch, other: Batch) -> bool:
 
 
 @pytest.fixture
-def with_a_pipe(videos: list[Entry], tmp_path: Path) -> Iterator[list[Entry]]:
-    """Twelve videos, and one in a shard that is a named pipe: opening it waits for a writer for ever.
-
-    A pipe in place of a video is refused unopened.
-    """
-    pipe = tmp_path / "hangs.tar"
-    os.mkfifo(pipe)
-    yield [*videos, Entry(f"{pipe}#512+1000#hangs.mp4", 99)]
+def with_a_hanging_one(videos: list[Entry]) -> Iterator[list[Entry]]:
+    """Twelve videos, and one on a server that never answers. A pipe in place of a video is refused unopened."""
+    with silent_server() as url:
+        yield [*videos, Entry(url, 99)]
     assert not [child for child in psutil.Process().children() if child.name().startswith("pt_data_worker")]
 
 
-def test_a_video_that_hangs_is_set_aside_and_the_rest_goes_on(with_a_pipe, caplog):
-    pipe = with_a_pipe[-1].path
+def test_a_video_that_hangs_is_set_aside_and_the_rest_goes_on(with_a_hanging_one, caplog):
+    video = with_a_hanging_one[-1].path
     told: list[tuple[str, str]] = []
     sampler = StepSampler(13, seed=3, micro_batch=4, last_step=9)  # three epochs: it is met at least twice
-    loader = build_loader(make(with_a_pipe, timeout_s=1.0), sampler, report=lambda *what: told.append(what))
+    loader = build_loader(make(with_a_hanging_one, timeout_s=1.0), sampler, report=lambda *what: told.append(what))
     with caplog.at_level(logging.WARNING):
         batches = list(loader)
     reason = "no frames within data.timeout_s = 1 s"
-    assert told == [(pipe, reason)]
+    assert told == [(video, reason)]
     assert len(batches) == 9
     failures = {failure for batch in batches for failure in batch.bad}
-    assert failures == {(pipe, reason)}
+    assert failures == {(video, reason)}
     assert sum(batch.lost for batch in batches) == 0
     assert 12 not in torch.cat([batch.index for batch in batches]).tolist()
     (warning,) = [record.getMessage() for record in caplog.records]
-    assert warning == f"{pipe} is set aside: {reason}; new decoding processes continue"
+    assert warning == f"{video} is set aside: {reason}; new decoding processes continue"
 
 
-def test_a_video_set_aside_before_is_not_opened(with_a_pipe):
-    dataset = make(with_a_pipe, workers=0)
-    dataset.set_aside({with_a_pipe[-1].path: "hung once"})
+def test_a_video_set_aside_before_is_not_opened(with_a_hanging_one):
+    dataset = make(with_a_hanging_one, workers=0)
+    dataset.set_aside({with_a_hanging_one[-1].path: "hung once"})
     (batch,) = list(build_loader(dataset, [[(0, 12), (0, 1)]]))
-    assert batch.bad == [(with_a_pipe[-1].path, "hung once")]
+    assert batch.bad == [(with_a_hanging_one[-1].path, "hung once")]
     assert batch.lost == 0
 
 
