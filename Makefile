@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint install clean
+.PHONY: demo test soak lint install clean
 
 install: $(INSTALLED)
 
@@ -19,6 +19,10 @@ demo: install
 # Two workers: most tests are processes that start, one core each.
 test: install lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# Kills at random moments, many times over (docs/reliability.md): SOAK_KILLS of each kind of run, drawn from SOAK_SEED.
+soak: install
+	$(BIN)/python -m pytest -m slow tests/resilience -s
 
 lint: install
 	$(BIN)/ruff check .

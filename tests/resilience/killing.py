@@ -155,20 +155,22 @@ def moments(seed: int, number: int) -> Iterator[Moment]:
 def kill_at(moment: Moment, running: Running, run_dir: Path, draw: random.Random) -> bool:
     """Kill ranks of a run at a moment; False if it had ended before."""
     before = len(steps_logged(run_dir))
-    saved = set(checkpoints(run_dir))
+    saved, begun = set(checkpoints(run_dir)), set(unfinished(run_dir))
+    if not running.wait_for(lambda: len(running.ranks()) == 2):
+        return False
+    victims = running.ranks()  # now: looking for them takes as long as saving does
     seen = {
-        "loading": lambda: len(running.ranks()) == 2,
+        "loading": lambda: True,
         "stepping": lambda: len(steps_logged(run_dir)) > before or set(checkpoints(run_dir)) - saved,
-        "saving": lambda: any((run_dir / "checkpoints").glob(".unfinished-*")),
+        "saving": lambda: set(unfinished(run_dir)) - begun,
     }[moment.while_]
     if not running.wait_for(seen):
         return False
     time.sleep(moment.delay_s + (5.0 if moment.while_ == "loading" else 0.0))  # importing takes 5 s at least
-    victims = running.ranks()
-    for victim in victims if moment.all_ranks else victims[draw.randrange(len(victims)) :][:1] if victims else ():
+    for victim in victims if moment.all_ranks else [draw.choice(victims)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.send_signal(signal.SIGKILL)
-    return bool(victims)
+    return True
 
 
 def steps_logged(run_dir: Path) -> list[int]:
@@ -181,6 +183,15 @@ def steps_logged(run_dir: Path) -> list[int]:
 
 def checkpoints(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").glob("step-*"))
+
+
+def unfinished(run_dir: Path) -> list[tuple[str, int]]:
+    """Checkpoints being written, or left so by a kill: names with what tells two of a name apart."""
+    found = []
+    for path in (run_dir / "checkpoints").glob(".unfinished-step-*"):
+        with contextlib.suppress(FileNotFoundError):
+            found.append((path.name, path.stat().st_ino))
+    return found
 
 
 def assert_same_run(one: Path, other: Path) -> None:
