@@ -128,13 +128,14 @@ def newest_first(checkpoints: Path) -> list[Path]:
 def thin_out(checkpoints: Path, *, keep_last: int, keep_every: int) -> list[Path]:
     """Delete what needn't be kept, oldest first, and what unfinished saving left; returns what was deleted.
 
+    What lies beyond the latest, as after going back by hand, is left alone.
+
     Args:
         checkpoints: of a run whose newest checkpoint has just been written.
         keep_last: newest ones to keep; 0: all.
         keep_every: keep those of every such step, too; 0: none.
     """
-    found = sorted((p for p in checkpoints.glob("step-*") if step_of(p) >= 0), key=step_of)
-    old = found[:-keep_last] if keep_last else []
+    old = newest_first(checkpoints)[keep_last:][::-1] if keep_last else []
     doomed = [folder for folder in old if not keep_every or step_of(folder) % keep_every]
     doomed += checkpoints.glob(".unfinished-*")
     for folder in doomed:
