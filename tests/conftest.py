@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A file's tests stay in one worker (`make test` runs two, --dist loadfile), which makes the file's fixtures once; those
 # that take longest come first.
-ORDER = ("tests/e2e", "tests/tools", "tests/memory", "tests/benchmarks")
+ORDER = ("tests/e2e", "tests/resilience", "tests/tools", "tests/memory", "tests/benchmarks")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
