@@ -94,6 +94,10 @@ def resolve_ds_config(raw: dict[str, Any], recipe: Recipe, facts: Facts) -> tupl
     for name in _OFFLOADS:
         _fill(_section(zero, name, "zero_optimization."), {"pin_memory": not facts.on_cpu})
     _check_offload(zero)
+    if zero.get("compute_grad_norm") is False:
+        raise UserError(
+            "ds_config zero_optimization.compute_grad_norm: steps that aren't finite would be taken; remove it"
+        )
     unfilled = list(_autos(ds))
     if unfilled:
         raise UserError(f"ds_config {unfilled[0]}: 'auto' can't be filled here; give a value")
@@ -201,6 +205,8 @@ def _fill_precision(ds: dict[str, Any], facts: Facts) -> None:
     for name in asked:
         if not supported[name]:
             raise UserError(f"ds_config {name}: this accelerator does not support it; use another precision")
+    if sections["bf16"].get("check_grad_overflow") is False:
+        raise UserError("ds_config bf16.check_grad_overflow: steps that aren't finite would be taken; remove it")
     if sections["fp16"].get("auto_cast"):
         raise UserError("ds_config fp16.auto_cast: would round the noise that selects tokens; remove it")
 

@@ -114,14 +114,17 @@ class ClipLoader:
             _WorkersLostError: some have hung or died.
             RuntimeError: a bug.
         """
+        if isinstance(error, OSError | EOFError):
+            time.sleep(POLL_S)  # a killed process closes its connections before it counts as dead
         dead = [(i, process) for i, process in enumerate(_processes(workers)) if not process.is_alive()]
         if dead:
             raise _WorkersLostError("; ".join(self._died(i, process.exitcode) for i, process in dead)) from error
         if not str(error).startswith("DataLoader timed out"):
             raise error
-        hanging = self._dataset.reading_for(self._dataset.data.timeout_s)
+        limit_s = self._dataset.data.timeout_s
+        hanging = self._dataset.reading_for(limit_s) if limit_s else []
         if hanging:
-            limit = f"no frames within data.timeout_s = {self._dataset.data.timeout_s:g} s"
+            limit = f"no frames within data.timeout_s = {limit_s:g} s"
             raise _WorkersLostError("; ".join(self._set_aside(video, limit) for video in hanging)) from error
 
     def _died(self, worker: int, code: int | None) -> str:

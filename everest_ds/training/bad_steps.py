@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -12,23 +11,25 @@ from torch import Tensor
 from everest_ds.data.dataset import LOST
 from everest_ds.data.loader import Batch
 from everest_ds.training import ranks
-from everest_ds.training.files import Lines
+from everest_ds.training.metrics import MetricsFile
 
 
 class BadSteps:
     """Looks at every step after it was taken or skipped.
 
     DeepSpeed skips a step whose gradient isn't finite, on all ranks alike. In fp16 that is how the loss scale is
-    found: there a step is bad only if a loss isn't finite either.
+    found: there a step is bad only if a loss isn't finite either, or the scale can't become smaller.
 
     Args:
-        path: of ``bad_steps.jsonl``.
+        records: ``bad_steps.jsonl``, on rank 0.
         video: names a video.
-        fp16: whether a loss scale is being looked for.
+        searching: says whether a loss scale is being looked for.
     """
 
-    def __init__(self, path: Path, video: Callable[[int], str], *, fp16: bool) -> None:
-        self._lines, self._video, self._fp16 = Lines(path), video, fp16
+    def __init__(
+        self, records: MetricsFile | None, video: Callable[[int], str], *, searching: Callable[[], bool]
+    ) -> None:
+        self._records, self._video, self._searching = records, video, searching
         self.total = 0
         self.in_a_row = 0
         self.scaler_skips = 0
@@ -36,11 +37,12 @@ class BadSteps:
     @property
     def counters(self) -> dict[str, int]:
         """What a checkpoint keeps."""
-        return {"bad_steps": self.total, "scaler_skips": self.scaler_skips}
+        return {"bad_steps": self.total, "in_a_row": self.in_a_row, "scaler_skips": self.scaler_skips}
 
     def restore(self, counters: dict[str, int]) -> None:
         """Take over what a checkpoint kept."""
-        self.total, self.scaler_skips = counters.get("bad_steps", 0), counters.get("scaler_skips", 0)
+        self.total, self.in_a_row = counters.get("bad_steps", 0), counters.get("in_a_row", 0)
+        self.scaler_skips = counters.get("scaler_skips", 0)
 
     def judge(self, step: int, applied: bool, losses: Sequence[Tensor], batches: Sequence[Batch]) -> None:
         """Count a step; collective, and the host waits for the device, where it was skipped.
@@ -56,13 +58,13 @@ class BadSteps:
             return
         by_rank = ranks.gather(([float(loss) for loss in losses], [self._paths(batch) for batch in batches]))
         finite = [all(map(math.isfinite, values)) for values, _ in by_rank]
-        if self._fp16 and all(finite):
+        if all(finite) and self._searching():
             self.scaler_skips += 1
             return
         self.total += 1
         self.in_a_row += 1
-        if ranks.is_main():
-            self._lines.append({"step": step, "what": _what(finite), "clips": _culprits(by_rank, finite)})
+        if self._records is not None:
+            self._records.write({"step": step, "what": _what(finite), "clips": _culprits(by_rank, finite)})
 
     def _paths(self, batch: Batch) -> list[str]:
         return [self._video(video) for video in dict.fromkeys(batch.index.tolist()) if video != LOST]

@@ -31,7 +31,7 @@ AVERAGE = "average"
 # Settings of a model that change nothing about its weights.
 _FREE_TO_CHANGE = ("attention", "checkpointing")
 # Settings that decide which samples a step number stands for.
-_ORDER_OF_SAMPLES = (("data", "train"), ("data", "clips_per_video"), ("train", "global_batch"), ("train", "seed"))
+_ORDER_OF_SAMPLES = (("data", "train"), ("data", "clips_per_video"), ("train", "seed"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +55,15 @@ def find_resume(recipe: Recipe) -> RunDir | None:
     """
     output, resume = RunDir(Path(recipe.train.output_dir)), recipe.train.resume
     source = output if resume == "auto" else RunDir(Path(resume))
-    if (resume == "off" or source != output) and output.has_results():
+    # What was logged and not saved is no reason: a run that was killed early is started by the same command again.
+    saved = output.has_checkpoint() or output.weights.is_file()
+    if output.has_results() if resume == "off" else source != output and saved:
         raise UserError(
             f"train.output_dir: {output.path} already holds a run; continue it with --resume auto, or choose another "
             "train.output_dir"
         )
+    if resume == "auto" and output.has_results() and not output.has_checkpoint():
+        log.warning("train.resume: the run in %s was not saved: it starts from step 0", output.path)
     if resume == "off" or (resume == "auto" and not output.has_checkpoint()):
         return None
     found = source.read_recipe(type(recipe))
@@ -84,7 +88,7 @@ def keep_global_batch(recipe: AnyRecipe, source: RunDir | None) -> AnyRecipe:
     micro, world = recipe.train.micro_batch, ranks.world_size()
     if source is None or recipe.train.global_batch is not None or micro is None:
         return recipe
-    total = next((_saved_batch(folder) for folder in files.newest_first(source.checkpoints)), 0)
+    total = saved_batch(source)
     if total <= 0 or total % world:
         return recipe
     views = recipe.data.clips_per_video
@@ -94,11 +98,14 @@ def keep_global_batch(recipe: AnyRecipe, source: RunDir | None) -> AnyRecipe:
     return replace(recipe, train=replace(recipe.train, global_batch=total, micro_batch=fitting[-1]))
 
 
-def _saved_batch(folder: Path) -> int:
-    try:
-        return int(files.read_state(folder)["global_batch"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
+def saved_batch(source: RunDir) -> int:
+    """Return the global batch of a saved run, 0 where it isn't known."""
+    for folder in files.newest_first(source.checkpoints):
+        try:
+            return int(files.read_state(folder)["global_batch"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return 0
 
 
 class Checkpoints:
@@ -166,11 +173,23 @@ class Checkpoints:
             UserError: there is none, or it is another model's.
         """
         folder = self._newest_whole(source.checkpoints)
+        try:
+            resumed = self._load(folder)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise UserError(f"train.resume: {folder} is not a checkpoint that a run wrote ({error!r})") from error
+        if ranks.is_main() and source.checkpoints == self._folder:
+            # Later ones are damaged, or of a way that was left by hand; they would be taken for this one's.
+            _attempt(lambda: files.set_later_aside(self._folder, resumed.step))
+        return resumed
+
+    def _load(self, folder: Path) -> Resumed:
         saved = files.read_state(folder)
         tensors = _open(folder)
-        self._restore(folder, tensors, saved["optimizer_steps"])
-        self._state.scaler = saved["scaler"]
-        step, by_rank = int(saved["step"]), saved["by_rank"]
+        step, by_rank, optimizer_steps = int(saved["step"]), saved["by_rank"], int(saved["optimizer_steps"])
+        if not 0 <= optimizer_steps <= step:
+            raise ValueError(f"{optimizer_steps} optimizer steps in {step}")
+        self._restore(folder, tensors, optimizer_steps)
+        self._state.scaler = dict(saved["scaler"])
         if self._average is not None:
             self._load_average(folder, tensors, step)
         engine = self._engine
@@ -178,7 +197,7 @@ class Checkpoints:
         engine.global_samples = step * self._facts["global_batch"]
         if ranks.is_main():
             print(f"continuing {folder}: {self._moved(saved)}", file=sys.stderr, flush=True)
-        return Resumed(step=step, counters=saved["counters"], own=_own_share(by_rank))
+        return Resumed(step=step, counters=dict(saved["counters"]), own=_own_share(by_rank))
 
     def _own_tensors(self) -> dict[str, Tensor]:
         """Return the tensors that are this rank's to write, on the CPU; all ranks help to put each together."""

@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from everest_ds.config.files import read_bounded
+from everest_ds.config.json_text import parse_json
 from everest_ds.training import files
 
 LATEST = "latest"
@@ -23,6 +25,8 @@ STATE = "state.json"
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _READ_BYTES = 1 << 22
+# Of a manifest or a state: of 10,000 ranks they have a few.
+_LARGEST_TEXT_BYTES = 16 << 20
 
 Facts = dict[str, Any]
 """Of a file: ``bytes`` and ``sha256``."""
@@ -103,7 +107,7 @@ def names(folder: Path) -> list[str]:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """Return what a checkpoint says beside its tensors; raises OSError, or ValueError where it isn't JSON."""
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    state = _read_json(folder / STATE)
     if not isinstance(state, dict):
         raise ValueError(f"{folder / STATE}: not an object")
     return state
@@ -123,6 +127,13 @@ def newest_first(checkpoints: Path) -> list[Path]:
     found = sorted((p for p in checkpoints.glob("step-*") if step_of(p) >= 0), key=step_of, reverse=True)
     older = [folder for folder in found if step_of(folder) <= latest]
     return older or found
+
+
+def set_later_aside(checkpoints: Path, step: int) -> None:
+    """Keep the checkpoints beyond a step under other names: the run that continues there will make its own."""
+    for folder in checkpoints.glob("step-*"):
+        if step_of(folder) > step:
+            _set_aside(folder)
 
 
 def thin_out(checkpoints: Path, *, keep_last: int, keep_every: int) -> list[Path]:
@@ -147,14 +158,25 @@ def thin_out(checkpoints: Path, *, keep_last: int, keep_every: int) -> list[Path
 
 
 def _swap(folder: Path, final: Path) -> None:
-    """Put a folder in the place of another, which is kept under a name that nothing has."""
-    aside = (final.with_name(f"{final.name}.replaced-{i}") for i in itertools.count(1))
-    final.rename(next(path for path in aside if not path.exists()))
+    """Put a folder in the place of another."""
+    _set_aside(final)
     files.replace(folder, final)
 
 
+def _set_aside(folder: Path) -> None:
+    """Keep a folder under a name that nothing has and that is no checkpoint's."""
+    names = (folder.with_name(f"{folder.name}.replaced-{i}") for i in itertools.count(1))
+    folder.rename(next(path for path in names if not path.exists()))
+
+
+def _read_json(file: Path) -> Any:
+    return parse_json(read_bounded(file, _LARGEST_TEXT_BYTES).decode())
+
+
 def _listed(folder: Path) -> dict[str, Facts]:
-    manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    manifest = _read_json(folder / _MANIFEST)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise ValueError("no list of files")
     found = {str(name): {"bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for name, f in manifest["files"].items()}
     if STATE not in found or any(Path(name).name != name for name in found):
         raise ValueError("lists other files than a checkpoint's")

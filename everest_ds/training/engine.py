@@ -9,6 +9,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch import nn
 
 from everest_ds.config.batches import GLOBAL, Batches
@@ -117,9 +118,23 @@ def initialise(model: nn.Module, recipe: Recipe, ds_config: dict[str, Any]) -> B
         _undo_empty_step(engine.optimizer)
     if not hasattr(engine.optimizer, "_global_grad_norm"):
         _skip_bad_gradients(engine)
+    if (scaler := dynamic_scaler(engine)) is not None:
+        scaler.raise_error_at_min_scale = False  # a trace: too many bad steps end a run
     if recipe.train.compile:
         engine.compile()
     return Built(engine=engine, optimizer=line)
+
+
+def dynamic_scaler(engine: Any) -> DynamicLossScaler | None:
+    """Return what looks for fp16's loss scale, if anything does."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return scaler if isinstance(scaler, DynamicLossScaler) else None
+
+
+def searches_scale(engine: Any) -> bool:
+    """Say whether a smaller loss scale may be found."""
+    scaler = dynamic_scaler(engine)
+    return scaler is not None and scaler.cur_scale > scaler.min_scale
 
 
 def _skip_bad_gradients(engine: Any) -> None:
@@ -128,6 +143,7 @@ def _skip_bad_gradients(engine: Any) -> None:
     The host waits for the device to read the norm, as it does in those.
     """
     optimizer, take, limit = engine.optimizer, engine.optimizer.step, engine.gradient_clipping()
+    optimizer._global_grad_norm = torch.zeros(())
 
     def clip() -> None:
         optimizer._global_grad_norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), limit)

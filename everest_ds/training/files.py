@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import errno
 import json
 import logging
 import math
@@ -11,12 +13,18 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
+# SMB and some file systems in user space.
+_NOT_FOR_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
+
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
+    """Wait until a file, or a folder's list of names where the file system can do that, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_FOR_FOLDERS or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
@@ -54,7 +62,14 @@ class Lines:
             self._flush()
         except OSError as error:
             if first:
+                atexit.register(self._last_try)
                 log.warning("%s: cannot be written (%s); its lines are kept and tried again", self.path, error.strerror)
+
+    def _last_try(self) -> None:
+        try:
+            self._flush()
+        except OSError as error:
+            log.error("%s: its last lines are lost (%s)", self.path, error.strerror)
 
     def _flush(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from safetensors import SafetensorError
 
 from everest_ds.config.batches import Batches
 from everest_ds.config.ds_config import precision, zero_stage
-from everest_ds.config.errors import UserError
+from everest_ds.config.errors import RankError, UserError
 from everest_ds.config.finetuning import FinetuneRecipe
 from everest_ds.config.schema import Recipe
 from everest_ds.data.dataset import ClipDataset
@@ -22,16 +24,19 @@ from everest_ds.models import MaskedAutoencoder, VideoClassifier
 from everest_ds.training import checkpoint_files, ranks
 from everest_ds.training.average import Average, build_average
 from everest_ds.training.bad_steps import BadSteps
-from everest_ds.training.checkpoint import FRESH, Checkpoints, Resumed, keep_global_batch
-from everest_ds.training.engine import Built, initialise, resolve
+from everest_ds.training.checkpoint import FRESH, Checkpoints, Resumed, keep_global_batch, saved_batch
+from everest_ds.training.engine import Built, initialise, resolve, searches_scale
 from everest_ds.training.export import export_weights
 from everest_ds.training.files import Lines
-from everest_ds.training.loop import Training, train
+from everest_ds.training.loop import EXIT_RESTART_ME, Training, train
 from everest_ds.training.metrics import MetricsFile
 from everest_ds.training.objectives import objective_for
+from everest_ds.training.preemption import StopRequest
 from everest_ds.training.run_dir import RunDir, environment
 from everest_ds.training.schedule import CosineSchedule, build_schedule
 from everest_ds.training.validation import Validation
+
+log = logging.getLogger(__name__)
 
 # The launcher reports the first rank that it sees ended: a rank that ended for another's sake lets that one be first.
 _CAUSE_FIRST_S = 3.0
@@ -79,6 +84,11 @@ class Job:
                 "ds_config fp16: DeepSpeed 0.19 divides by the loss scale under ZeRO stage 0 but never multiplies by "
                 "it; use stage 1 (ds_configs/zero1.json), or bf16"
             )
+        if source is not None and (before := saved_batch(source)) not in (0, batches.total):
+            log.warning(
+                "the global batch was %d and is %d: samples and schedule do not continue where they stopped",
+                *(before, batches.total),
+            )
         steps_per_epoch = step_sampler(recipe, batches, len(dataset)).steps_per_epoch
         total = recipe.train.max_steps or recipe.train.epochs * steps_per_epoch
         # Last: a mistake leaves no empty folder behind.
@@ -114,19 +124,38 @@ def run(job: Job) -> int:
 
 
 def _run(job: Job) -> int:
+    check_same_view(job)
+    with StopRequest() as stop:
+        return _train(job, stop)
+
+
+def check_same_view(job: Job) -> None:
+    """Compare what the ranks have made of their files, each by itself; a collective call.
+
+    Raises:
+        UserError: they differ, and would wait for each other for ever.
+    """
+    source = None if job.source is None else str(job.source.path)
+    if len(set(ranks.gather((source, job.batches, job.schedule.total_steps)))) > 1:
+        raise UserError("train.output_dir: ranks find different files; it must be on storage that all nodes share")
+
+
+def _train(job: Job, stop: StopRequest) -> int:
     run_dir = RunDir(Path(job.recipe.train.output_dir))
     built = initialise(job.model, job.recipe, job.ds_config)
     average = build_average(built.engine.module, job.recipe)
     checkpoints = Checkpoints(built.engine, run_dir, average, ds_config=job.ds_config, global_batch=job.batches.total)
     resumed = checkpoints.load(job.source) if job.source else FRESH
     training = assemble(job, built, average, checkpoints, resumed)
-    code = train(training)
+    code = train(training, stop)
     if code:
         return code
     if ranks.is_main():
         export(job, run_dir, training.step, averaged=average is not None)
     # After the export: a validation that fails takes nothing with it.
     if training.validation is not None:
+        if ranks.any_rank(stop.asked):
+            return EXIT_RESTART_ME
         training.validation(training.step)
     return 0
 
@@ -168,12 +197,7 @@ def assemble(job: Job, built: Built, average: Average | None, checkpoints: Check
     """Put the loop's parts together."""
     recipe, batches, total, done = job.recipe, job.batches, job.schedule.total_steps, resumed.step
     run_dir = RunDir(Path(recipe.train.output_dir))
-    metrics = None
-    if ranks.is_main():
-        env = environment(get_accelerator().device_name(), device_name(), built.optimizer, batches.ranks)
-        run_dir.write_facts(recipe, job.ds_config, env, from_step=done)
-        metrics = MetricsFile(run_dir.metrics, from_step=done)
-        announce(job, built, done)
+    metrics, bad_steps = open_records(job, run_dir, built, done) if ranks.is_main() else (None, None)
     samples = step_sampler(recipe, batches, len(job.dataset), first_step=done, last_step=total)
     quarantine = Lines(run_dir.quarantine)
     job.dataset.set_aside(run_dir.set_aside())
@@ -194,12 +218,28 @@ def assemble(job: Job, built: Built, average: Average | None, checkpoints: Check
         average=average,
         validation=build_validation(job, built, average, done),
         bad_samples=BadSamples(recipe.data.max_bad_share, clips_per_video=recipe.data.clips_per_video),
-        bad_steps=BadSteps(run_dir.bad_steps, job.dataset.path, fp16=precision(job.ds_config) == "fp16"),
+        bad_steps=BadSteps(bad_steps, job.dataset.path, searching=partial(searches_scale, built.engine)),
         metrics=metrics,
         checkpoints=checkpoints,
         resumed=resumed,
         saved_at=done if job.source == run_dir else -1,
     )
+
+
+def open_records(job: Job, run_dir: RunDir, built: Built, done: int) -> tuple[MetricsFile, MetricsFile]:
+    """Write the run's facts, say what is about to run, and return metrics.jsonl and bad_steps.jsonl; on rank 0.
+
+    Raises:
+        RankError: the folder can't be written to.
+    """
+    env = environment(get_accelerator().device_name(), device_name(), built.optimizer, job.batches.ranks)
+    try:
+        run_dir.write_facts(job.recipe, job.ds_config, env, from_step=done)
+        files = tuple(MetricsFile(path, from_step=done) for path in (run_dir.metrics, run_dir.bad_steps))
+    except OSError as error:
+        raise RankError(f"train.output_dir: cannot write to {run_dir.path} ({error.strerror}); make room") from error
+    announce(job, built, done)
+    return files[0], files[1]
 
 
 def build_validation(job: Job, built: Built, average: Average | None, done: int) -> Validation | None:

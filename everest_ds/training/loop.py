@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from everest_ds.config.batches import Batches
-from everest_ds.config.errors import UserError
+from everest_ds.config.errors import RankError, UserError
 from everest_ds.config.progress import ProgressLine
 from everest_ds.config.schema import TrainConfig
 from everest_ds.data.loader import BadCounts, BadSamples, Batch
@@ -79,7 +79,7 @@ class Training:
         return 0 < self.config.max_minutes * 60 < time.monotonic() - self.started
 
 
-def train(run: Training) -> int:
+def train(run: Training, stop: StopRequest) -> int:
     """Train to the schedule's end and save. Returns an exit code: 0 done, 3 bad numbers (not saved), 75 asked to stop.
 
     Raises:
@@ -90,7 +90,7 @@ def train(run: Training) -> int:
     window.restore(run.resumed.own)
     run.bad_samples.restore(run.resumed.own)
     code = 0
-    with StopRequest() as stop, ProgressLine(last, start_step=run.step, speaks=ranks.is_main()) as progress:
+    with ProgressLine(last, start_step=run.step, speaks=ranks.is_main()) as progress:
         try:
             if 0 < run.step < last:
                 validate(run, window)  # where the run was stopped between saving and validating
@@ -102,8 +102,8 @@ def train(run: Training) -> int:
                         code = EXIT_RESTART_ME
         finally:
             run.loader.close()  # ends its processes
-        if not save(run, window, at_the_end=True):
-            code = EXIT_BAD_NUMBERS
+        if code != EXIT_BAD_NUMBERS:
+            save(run, window, at_the_end=True)
     if code and ranks.is_main():
         print(f"stopped after step {run.step}: {_ENDINGS[code]}", file=sys.stderr, flush=True)
     return code
@@ -207,33 +207,36 @@ def validate(run: Training, window: Window) -> None:
     try:
         with window.paused():
             run.validation(run.step)
+    except RankError:
+        raise  # the others don't know of it
     except UserError:
-        save(run, window)
+        save(run, window, at_the_end=True)
         raise
 
 
-def save(run: Training, window: Window, *, at_the_end: bool = False) -> bool:
-    """Save the state after the current step, once, unless its numbers have gone wrong. Returns whether they are right.
+def save(run: Training, window: Window, *, at_the_end: bool = False) -> None:
+    """Save the state after the current step, once; a collective call.
 
-    A collective call.
+    Not in the middle of bad steps: their own weights are those of the step before, but it may be that one that spoilt
+    them. At the end they are saved, with the count of bad steps.
 
     Raises:
-        UserError: it can't be written, and the run ends here or shall (``train.on_save_error``).
+        UserError: too many videos couldn't be read, or the state can't be written and the run ends here or shall
+            (``train.on_save_error``).
     """
-    if run.bad_steps.in_a_row:
-        return False
-    if run.saved_at == run.step:
-        return True
+    if run.saved_at == run.step or (run.bad_steps.in_a_row and not at_the_end):
+        return
+    by_rank = ranks.gather(tuple(run.bad_samples.counts))
+    run.bad_samples.check(BadCounts(*(round(sum(counts)) for counts in zip(*by_rank, strict=True))))
     with window.paused():
         own = {**window.sums(), **run.bad_samples.sums()}
         problem = run.checkpoints.save(run.step, run.bad_steps.counters, own)
     if not problem:
         run.saved_at = run.step
         run.checkpoints.thin_out(keep_last=run.config.keep_last, keep_every=run.config.keep_every_steps)
-        return True
+        return
     told = f"the state after step {run.step} could not be saved ({problem}); checkpoints before it are untouched"
     if at_the_end or run.config.on_save_error == "stop":
         raise UserError(f"train.output_dir: {told}; make room, and continue with --resume auto")
     if ranks.is_main():
         print(f"WARNING: {told}; the run goes on (train.on_save_error)", file=sys.stderr, flush=True)
-    return True

@@ -10,11 +10,15 @@ import time
 from types import TracebackType
 from typing import Any
 
+import psutil
+
 from everest_ds.training import ranks
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # One Ctrl-C comes twice: from the terminal, and as the launcher's SIGTERM a moment later.
 _SAME_REQUEST_S = 2.0
+_LOOK_EVERY_S = 1.0
+_WITHOUT_A_RANK_S = 10.0
 
 
 class StopRequest:
@@ -42,21 +46,47 @@ class StopRequest:
     ) -> None:
         if self._before:
             for number, handler in self._before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not of Python's making
             signal.set_wakeup_fd(self._wakeup_before)
             self._written.close()  # which ends the thread
 
     def _watch(self) -> None:
-        first = 0.0
         with self._read:
-            while numbers := self._read.recv(1):
-                number = numbers[0]
-                if number not in _SIGNALS:
+            first = self._wait()
+            if not first:
+                return
+            self.asked, since, complete = True, time.monotonic(), time.monotonic()
+            if ranks.is_main():
+                name = signal.Signals(first).name
+                os.write(2, f"{name}: ending this step, then saving; once more to end at once\n".encode())
+            self._read.settimeout(_LOOK_EVERY_S)
+            while True:
+                try:
+                    number = self._wait()
+                except TimeoutError:
+                    # A step that a rank has left is never ended: on a GPU it would be waited for, and the launcher
+                    # gives each rank in turn half a minute.
+                    complete = time.monotonic() if _all_here() else complete
+                    if time.monotonic() - complete > _WITHOUT_A_RANK_S:
+                        os._exit(128 + first)
                     continue
-                if not self.asked:
-                    self.asked, first = True, time.monotonic()
-                    if ranks.is_main():
-                        name = signal.Signals(number).name
-                        os.write(2, f"{name}: ending this step, then saving; once more to end at once\n".encode())
-                elif time.monotonic() - first > _SAME_REQUEST_S:
+                if not number:
+                    return
+                if time.monotonic() - since > _SAME_REQUEST_S:
                     os._exit(128 + number)
+
+    def _wait(self) -> int:
+        """Return the next request's signal, 0 at the end; raises TimeoutError once there was one."""
+        while numbers := self._read.recv(1):
+            if numbers[0] in _SIGNALS:
+                return numbers[0]
+        return 0
+
+
+def _all_here() -> bool:
+    """Say whether all the ranks of this node are running: children of one launcher."""
+    try:
+        running = [p for p in psutil.Process(os.getppid()).children() if p.status() != psutil.STATUS_ZOMBIE]
+    except psutil.Error:
+        return True
+    return len(running) >= ranks.local_world_size()

@@ -25,6 +25,10 @@ _PATIENCE = datetime.timedelta(minutes=30)
 _control: Any = None
 
 
+# What gloo says of a rank that is gone.
+_LOST = ("onnection closed by peer", "onnection reset by peer", "onnection refused", "Broken pipe", "Timed out waiting")
+
+
 class LostRankError(UserError):
     """Another rank of the run is gone: not a mistake, but nothing that a trace would explain."""
 
@@ -45,6 +49,10 @@ def start() -> None:
     if on_cpu():
         _prepare_cpu_communication()
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    # gloo would go by the host's name, which often stands for the loopback interface.
+    interface = os.environ.get("NCCL_SOCKET_IFNAME", "")
+    if interface.isalnum():  # a name, not a pattern
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     # Among the hosts, by gloo: for what they agree on between steps. On a GPU the other group's messages are its own.
     global _control  # noqa: PLW0603 - one process group per process, as torch has it
     _control = dist.new_group(backend="gloo", timeout=_PATIENCE)
@@ -77,8 +85,7 @@ def lost_contact(error: BaseException) -> bool:
     """Say whether an error means that another rank is gone."""
     text = str(error)
     return isinstance(error, RuntimeError) and (
-        isinstance(error, dist.DistError)
-        or any(sign in text for sign in ("onnection closed by peer", "onnection reset by peer", "Broken pipe"))
+        isinstance(error, dist.DistError) or any(sign in text for sign in _LOST)
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from everest_ds.config.errors import UserError
+from everest_ds.config.json_text import parse_json
 from everest_ds.config.load import AnyRecipe, dump, load_as
 from everest_ds.config.schema import Recipe
 from everest_ds.models.weights import WEIGHTS_FILE
@@ -104,7 +105,7 @@ class RunDir:
         if self.quarantine.exists():
             for line in self.quarantine.read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError, KeyError, TypeError):
-                    record = json.loads(line)
+                    record = parse_json(line)
                     found[str(record["video"])] = str(record["reason"])
         return found
 

@@ -22,6 +22,8 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from everest_ds.training.engine import dynamic_scaler
+
 MASTER = "weight"
 """The kind of tensor that isn't the optimizer's: the fp32 weights themselves."""
 # Where DeepSpeed's optimizers keep this rank's part of the masters: ZeRO 1 and 2, ZeRO 3, BF16_Optimizer.
@@ -101,22 +103,16 @@ class WholeState:
 
     @property
     def scaler(self) -> dict[str, float]:
-        """State of fp16's loss scaler; empty in other precisions."""
-        holder = self._scaler_holder()
-        return {name: getattr(holder, name) for name in _SCALER_STATE if hasattr(holder, name)}
+        """State of what looks for fp16's loss scale; empty where nothing does."""
+        scaler = dynamic_scaler(self._engine)
+        return {} if scaler is None else {name: getattr(scaler, name) for name in _SCALER_STATE}
 
     @scaler.setter
     def scaler(self, state: dict[str, float]) -> None:
-        holder = self._scaler_holder()
-        for name, value in state.items():
-            if hasattr(holder, name):
-                setattr(holder, name, value)
-
-    def _scaler_holder(self) -> Any:
-        if not self._engine.fp16_enabled():
-            return None
-        optimizer = self._engine.optimizer
-        return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+        scaler = dynamic_scaler(self._engine)
+        for name in _SCALER_STATE:
+            if scaler is not None and name in state:
+                setattr(scaler, name, state[name])
 
 
 def _set_steps(holders: Iterable[dict[str, Any]], steps: int) -> None:

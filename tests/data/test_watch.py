@@ -74,6 +74,13 @@ def test_slow_videos_are_waited_for(videos, monkeypatch):
     assert batch.bad == []
 
 
+def test_without_a_limit_nothing_is_set_aside(videos, monkeypatch):
+    real = dataset_module.decode
+    monkeypatch.setattr(dataset_module, "decode", lambda *what: time.sleep(2.2) or real(*what))
+    (batch,) = list(build_loader(make(videos, workers=1, timeout_s=0.0), [[(0, 0)]]))
+    assert batch.bad == []
+
+
 def test_killed_workers_are_replaced_and_nothing_changes(videos, caplog):
     sampler = StepSampler(12, seed=3, micro_batch=4, last_step=12)
     expected = list(build_loader(make(videos, workers=0), sampler))

@@ -1,9 +1,10 @@
 """A loss or gradient that isn't finite on one rank, under every stage: skipped, counted, its clips written down."""
 
 import json
+import shutil
 
 import pytest
-from killing import checkpoints, pretraining
+from killing import assert_same_run, checkpoints, pretraining
 from launching import DS_CONFIGS, metrics
 
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -43,6 +44,30 @@ def test_a_bad_step_is_skipped(stage, what, motion_videos, tmp_path, two_ranks):
         assert set(culprits) == {0, 1}
     assert all(len(clip["videos"]) == 2 for clip in culprits.values())
     assert all(video.startswith(str(motion_videos.parent)) for clip in culprits.values() for video in clip["videos"])
+
+
+def test_a_bad_last_step_doesnt_keep_a_run_from_its_end(motion_videos, tmp_path, two_ranks):
+    """Its weights are those of the step before; a run that continues counts on from there."""
+    done = run_faulty(two_ranks, case_of(motion_videos, "zero1", 4), tmp_path, "1", "4", "loss")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert checkpoints(tmp_path)[-1] == "step-00000004"
+    assert (tmp_path / "model.safetensors").is_file()
+    state = json.loads((tmp_path / "checkpoints/step-00000004/state.json").read_text())
+    assert state["counters"]["in_a_row"] == 1
+
+
+def test_clipping_at_stage_0_continues(motion_videos, tmp_path, two_ranks):
+    """There our own wrapper keeps the norm; it is the one before clipping."""
+    ds = tmp_path / "clipped.json"
+    ds.write_text(json.dumps(json.loads((DS_CONFIGS / "zero0.json").read_text()) | {"gradient_clipping": 0.01}))
+    case = pretraining(motion_videos, 6, ds)
+    two_ranks.succeed(*case.command(tmp_path / "straight", *SETTINGS))
+    shutil.copytree(tmp_path / "straight", tmp_path / "run")
+    (tmp_path / "run/checkpoints/latest").write_text("step-00000004")
+    again = two_ranks.succeed(*case.command(tmp_path / "run", *SETTINGS))
+    assert "continuing" in again.stderr
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+    assert all(record["grad_norm"] > 0.02 for record in metrics(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("stage", ["zero0", "zero2"])

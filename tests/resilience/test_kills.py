@@ -65,5 +65,5 @@ def test_soak(kind, motion_videos, tmp_path, two_ranks: Console):
     case = make(motion_videos, 20 * SOAK_KILLS, file)
     two_ranks.succeed(*case.command(tmp_path / "straight"), timeout_s=900)
     hits = survive(case, tmp_path, SOAK_KILLS, SOAK_SEED)
-    print(f"{kind}: {hits} kills survived, ended bit-identical")
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
+    print(f"{kind}: {hits} kills survived, ended bit-identical", flush=True)

@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler, LossScalerBase
 
 from everest_ds.data.loader import Batch
 from everest_ds.training.bad_steps import BadSteps
+from everest_ds.training.engine import searches_scale
+from everest_ds.training.metrics import MetricsFile
 from everest_ds.training.whole import WholeState
 
 
@@ -20,7 +22,8 @@ def batch(*videos: int) -> Batch:
 @pytest.fixture
 def judged(tmp_path):
     def judge(*, fp16: bool, losses: list[float], applied: bool = False) -> BadSteps:
-        steps = BadSteps(tmp_path / "bad_steps.jsonl", "video-{}.mp4".format, fp16=fp16)
+        records = MetricsFile(tmp_path / "bad_steps.jsonl", from_step=0)
+        steps = BadSteps(records, "video-{}.mp4".format, searching=lambda: fp16)
         steps.in_a_row = 4
         batches = [batch(2 * i, 2 * i, 2 * i + 1, -1) for i in range(len(losses))]  # two views of one; one was lost
         steps.judge(7, applied, [torch.tensor(loss) for loss in losses], batches)
@@ -64,14 +67,18 @@ def test_counters_travel(judged):
     steps = judged(fp16=True, losses=[1.0])
     again = judged(fp16=True, losses=[1.0], applied=True)
     again.restore(json.loads(json.dumps(steps.counters)))
-    assert again.counters == {"bad_steps": 0, "scaler_skips": 1}
+    assert again.counters == {"bad_steps": 0, "in_a_row": 4, "scaler_skips": 1}
 
 
-def scaled(scaler: DynamicLossScaler, *, fp16: bool = True) -> WholeState:
+def scaled(scaler: LossScalerBase) -> WholeState:
+    return WholeState(engine_of(scaler))
+
+
+def engine_of(scaler: LossScalerBase) -> SimpleNamespace:
     module = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(module.parameters())
     optimizer.loss_scaler = scaler
-    return WholeState(SimpleNamespace(module=module, optimizer=optimizer, fp16_enabled=lambda: fp16))
+    return SimpleNamespace(module=module, optimizer=optimizer)
 
 
 def new_scaler() -> DynamicLossScaler:
@@ -92,4 +99,23 @@ def test_a_loss_scaler_continues_where_it_was(monkeypatch):
         again.update_scale(overflow)
         assert vars(again) == vars(straight)
     assert straight.cur_scale != 2**16
-    assert scaled(straight, fp16=False).scaler == {}
+
+
+def test_a_scale_that_is_given_is_not_looked_for():
+    """Nor does a checkpoint change it."""
+    static = LossScaler(scale=128.0)
+    scaled(static).scaler = scaled(new_scaler()).scaler
+    assert static.cur_scale == 128.0
+    assert scaled(static).scaler == {}
+    assert not searches_scale(engine_of(static))
+
+
+def test_the_search_ends_at_the_smallest_scale(monkeypatch):
+    monkeypatch.setattr("deepspeed.comm.get_rank", lambda *_: 0)
+    scaler = new_scaler()
+    scaler.raise_error_at_min_scale = False
+    assert searches_scale(engine_of(scaler))
+    for _ in range(20):
+        scaler.update_scale(True)
+    assert scaler.cur_scale == scaler.min_scale
+    assert not searches_scale(engine_of(scaler))

@@ -40,6 +40,17 @@ DAMAGES = {
     "no manifest": (lambda part: part.with_name("manifest.json").unlink(), "manifest.json: No such file"),
     "torn manifest": (lambda part: part.with_name("manifest.json").write_text('{"files": {'), "manifest.json: "),
     "null manifest": (lambda part: part.with_name("manifest.json").write_text("null"), "manifest.json: "),
+    "list in the manifest": (
+        lambda part: part.with_name("manifest.json").write_text('{"files": []}'),
+        "manifest.json: no list of files",
+    ),
+    "endless file": (
+        lambda part: part.with_name("manifest.json").write_text(
+            '{"files": {"state.json": {"bytes": Infinity, "sha256": ""}}}'
+        ),
+        "manifest.json: ",
+    ),
+    "deep manifest": (lambda part: part.with_name("manifest.json").write_text("[" * 100_000), "manifest.json: "),
     "strange manifest": (
         lambda part: part.with_name("manifest.json").write_text(
             json.dumps({"files": {"state.json": {"bytes": 1, "sha256": ""}, "../../x": {"bytes": 1, "sha256": ""}}})
@@ -109,6 +120,16 @@ def test_going_back_by_hand_loses_nothing(tmp_path):
     files.thin_out(tmp_path, keep_last=1, keep_every=0)
     assert sorted(map(files.step_of, tmp_path.glob("step-*"))) == [4, 6, 9]
     assert latest(tmp_path) == "step-00000004"
+
+
+def test_what_lies_beyond_is_set_aside_when_a_run_continues_before_it(tmp_path):
+    for step in (3, 6, 9):
+        write_checkpoint(tmp_path, step)
+    (tmp_path / "latest").write_text("step-00000003")
+    files.set_later_aside(tmp_path, 3)
+    write_checkpoint(tmp_path, 12)
+    assert [files.step_of(folder) for folder in files.newest_first(tmp_path)] == [12, 3]
+    assert (tmp_path / "step-00000009.replaced-1").is_dir()
 
 
 def test_a_text_file_is_replaced_whole(tmp_path):
