@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from launching import Console, new_console
@@ -12,8 +13,18 @@ from everest_ds.data.synthetic import write_motion_videos
 # Models here are too small for threads, and workers beside each other have none to spare. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A file's tests stay in one worker (`make test` runs two, --dist loadfile), which makes the file's fixtures once; those
-# that take longest come first.
+# A file's tests stay in one worker (`make test` runs two), which makes the file's fixtures once; those that take
+# longest come first. Runs of several ranks stay in one worker altogether: ranks wait by spinning, and two runs beside
+# each other on two cores take several times as long as one after the other.
+SEVERAL_RANKS = (
+    "tests/e2e/",
+    "tests/resilience/test_bad_numbers",
+    "tests/resilience/test_kills",
+    "tests/resilience/test_other_worlds",
+    "tests/resilience/test_requests_to_stop",
+    "tests/resilience/test_slurm_script",
+    "tests/resilience/test_trouble",
+)
 ORDER = ("tests/e2e", "tests/resilience", "tests/tools", "tests/memory", "tests/benchmarks")
 
 
@@ -23,7 +34,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     def later(item: pytest.Item) -> list[bool]:
         return [not item.path.is_relative_to(config.rootpath / folder) for folder in ORDER]
 
-    items.sort(key=later)
+    items.sort(key=lambda item: (not item.nodeid.startswith(SEVERAL_RANKS), later(item)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Share tests out by file, the runs of several ranks together."""
+    from xdist.scheduler import LoadScopeScheduling  # noqa: PLC0415 - only where tests are shared out
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "several ranks" if nodeid.startswith(SEVERAL_RANKS) else nodeid.partition("::")[0]
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
