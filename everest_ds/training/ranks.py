@@ -7,6 +7,7 @@ import datetime
 import logging
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -49,6 +50,8 @@ def start() -> None:
     if on_cpu():
         _prepare_cpu_communication()
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    if on_cpu():
+        _unlink_shared_memory()
     # gloo would go by the host's name, which often stands for the loopback interface.
     interface = os.environ.get("NCCL_SOCKET_IFNAME", "")
     if interface.isalnum():  # a name, not a pattern
@@ -129,6 +132,17 @@ def local_world_size() -> int:
 def is_main() -> bool:
     """Whether this rank writes files and speaks."""
     return rank() == 0
+
+
+def _unlink_shared_memory() -> None:
+    """Take the names of DeepSpeed's shared memory away, now that every rank has mapped it.
+
+    A killed rank would leave 66 MiB of /dev/shm behind, and the next run on the same port could begin with the flags
+    that the last one left in it.
+    """
+    dist.barrier()
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{rank()}"
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def _prepare_cpu_communication() -> None:

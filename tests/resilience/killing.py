@@ -63,9 +63,11 @@ class Running:
     """A started launcher with its whole family."""
 
     def __init__(self, command: list[str], ranks: int, log: Path, **variables: str) -> None:
+        start = launcher(ranks)
+        self.port = start[-1]
         with log.open("ab") as out:
             self.process = subprocess.Popen(
-                [sys.executable, *launcher(ranks), *command],
+                [sys.executable, *start, *command],
                 cwd=ROOT,
                 env=environment(ranks) | variables,
                 stdin=subprocess.DEVNULL,
@@ -109,6 +111,10 @@ class Running:
                 process.kill()
         psutil.wait_procs(family, timeout=30)
         self.process.wait()
+
+    def left_behind(self) -> list[str]:
+        """Names in shared memory, which nobody would free."""
+        return [path.name for path in Path("/dev/shm").glob(f"*_{self.port}_*")]
 
     def text(self) -> str:
         return self.log.read_text(errors="replace")
