@@ -126,7 +126,7 @@ def _repeat_bias_correction(inner: Any, holder: Tensor, steps: int) -> None:
     """Bring the state that DeepSpeed's Adam hides on CPUs to where the steps would have brought it.
 
     It multiplies powers of beta up, step by step; where the count leaps it computes them anew, which rounds
-    differently. So the steps are repeated, on a single number: some 15 s for a million.
+    differently. So the steps are repeated, on a single number.
     """
     if holder.device.type != "cpu" or not isinstance(inner, FusedAdam | DeepSpeedCPUAdam):
         return
