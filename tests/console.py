@@ -17,11 +17,13 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+from torch.nn import functional
+
 POLL_S = 0.02
 
 
 def main(folder: Path, first: int, watched: int) -> None:
-    rank = os.environ.get("RANK", "0")
+    rank, linear = os.environ.get("RANK", "0"), functional.linear
     for number in itertools.count(first):
         asked = wait_for(folder / f"{number}.json", watched)
         if asked is None:
@@ -29,6 +31,7 @@ def main(folder: Path, first: int, watched: int) -> None:
         place = folder / f"{number}-rank-{rank}"
         with redirected(place):
             code = run(*asked)
+        functional.linear = linear  # ZeRO-3 puts its own there for good, whose last bits are others
         place.with_suffix(".unfinished").write_text(str(code))
         place.with_suffix(".unfinished").rename(place.with_suffix(".code"))
         gc.collect()
