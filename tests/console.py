@@ -27,7 +27,8 @@ def main(folder: Path, first: int, watched: int) -> None:
     for number in itertools.count(first):
         asked = wait_for(folder / f"{number}.json", watched)
         if asked is None:
-            return
+            flush()
+            os._exit(0)  # clearing up after eight ranks takes two cores 10 s
         place = folder / f"{number}-rank-{rank}"
         with redirected(place):
             code = run(*asked)

@@ -47,9 +47,13 @@ class StepZero3(Step):
             self.own[parameter.module].append(parameter)
         kinds = ("enter", "enter_backward")
         self.order = [e.name for e in trace.events if isinstance(e, Mark) and e.kind in kinds]
-        self.persistent = {p.name for p in kept_whole(trace.parameters, setting)}
+        self.persistent = {p.name for p in self.kept_whole()}
         self.whole = _Whole(users={p.name: set() for p in trace.parameters})
         self.bucket: list[Parameter] = []
+
+    def kept_whole(self) -> list[Parameter]:
+        """The parameters that stay gathered from step to step."""
+        return kept_whole(self.trace.parameters, self.setting)
 
     def begin_pass(self) -> None:
         """reset_step."""
@@ -57,13 +61,14 @@ class StepZero3(Step):
         self.fetched_for: dict[str, int] = {}  # the last moment (index into order) that a parameter was fetched for
         self.at, self.available = 0, 0
         self.active: list[str] = []
+        self.gathered_in_pass = 0  # elements of this rank that the others were given
 
     def hold(self, item: Item) -> None:
         """Parameters that are kept whole are blocks of their own: the optimizer step frees and gathers them."""
         if item.name != "parameters kept whole":
             super().hold(item)
             return
-        for parameter in kept_whole(self.trace.parameters, self.setting):
+        for parameter in self.kept_whole():
             self.whole.blocks[parameter.name] = self.timeline.born(self._gathered_bytes(parameter), item.name)
 
     def _gathered_bytes(self, parameter: Parameter) -> int:
@@ -115,6 +120,7 @@ class StepZero3(Step):
         if not wanted:
             return
         self.available += sum(p.elements for p in wanted)
+        self.gathered_in_pass += sum(share(p, self.setting.ranks) for p in wanted)
         if self.setting.ranks == 1:
             # _no_gather_coalesced: the partition is the parameter; an offloaded one is copied to the device.
             gathers = [_Gather(None, [p]) for p in wanted]
@@ -217,7 +223,7 @@ class StepZero3(Step):
             self.timeline.flash(max(sizes) * NORM_BYTES, "gradient norm")
             for group in sub_groups(self.trace.parameters, self.setting):
                 self._update(sum(share(p, self.setting.ranks) for p in group))
-        for parameter in kept_whole(self.trace.parameters, self.setting):
+        for parameter in self.kept_whole():
             self.timeline.born(self._gathered_bytes(parameter), "parameters kept whole")
 
     def _update(self, elements: int) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import deepspeed.comm
 import torch
 from deepspeed.accelerator import get_accelerator
 
@@ -29,6 +30,7 @@ from everest_ds.config.schema import Recipe
 from everest_ds.data.loader import Batch
 from everest_ds.memory import meters
 from everest_ds.memory.objectives import heaviest_mixing, random_batch
+from everest_ds.memory.traffic import passed_on
 from everest_ds.models import build_network, forward_macs
 from everest_ds.training import ranks
 from everest_ds.training.average import Average, build_average
@@ -42,6 +44,14 @@ _WARM_UP_STEPS_ZERO3 = 3
 _FORWARD_AND_BACKWARD = 3  # the backward pass takes two products for each of the forward's
 _MATMUL_SIDE, _MATMUL_SIDE_GPU = 1024, 8192  # a GPU is done with the smaller one before it is asked for the next
 _MATMULS, _MATMULS_S = 10, 1.0  # at most so many, and no new one after so many seconds
+# DeepSpeed's names of its collectives, and what each is one of.
+_COLLECTIVES = {
+    "all_reduce": "all_reduce",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "reduce_scatter": "reduce_scatter",
+    "all_gather_into_tensor": "all_gather",
+    "all_gather": "all_gather",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +61,8 @@ class Measured:
     ``measured_peak_bytes``: of a step, tensor storages (CPU) or the device allocator, as ``measured_by`` says.
     ``states_bytes``: held between steps. ``step_s`` is the median, ``step_spread_s`` the slowest less the fastest.
     ``flops_per_s``: two per multiply-accumulate of matrix products, forward and backward, nothing for recomputation.
+    ``messages``: bytes of a step's messages by collective, as DeepSpeed's comms logger counts them; ``sent_bytes``:
+    what of them leaves the rank (see :mod:`everest_ds.memory.traffic`).
     """
 
     rank: int
@@ -64,6 +76,8 @@ class Measured:
     clips_per_s: float
     flops_per_s: float
     matmul_flops_per_s: float
+    messages: dict[str, int]
+    sent_bytes: int
     optimizer: str
 
 
@@ -82,6 +96,7 @@ def measure(recipe: Recipe, raw_ds_config: dict[str, Any], *, steps: int = 3, sn
     held = meters.states_bytes(device) - leftover - (_bytes(run.batch) if device.type == "cpu" else 0)
     with meters.allocator_snapshot(device, snapshot):
         peak, device_memory = _peak(run.step, device)
+    messages = _messages(run.step)
     step_s = statistics.median(seconds)
     clips_per_s = run.batches.micro * run.batches.accumulation / step_s
     macs = forward_macs(build_network, recipe.model)
@@ -98,6 +113,8 @@ def measure(recipe: Recipe, raw_ds_config: dict[str, Any], *, steps: int = 3, sn
         clips_per_s=clips_per_s,
         flops_per_s=2 * _FORWARD_AND_BACKWARD * macs * clips_per_s,
         matmul_flops_per_s=matmul_rate(device, next(iter(run.built.engine.module.parameters())).dtype),
+        messages=messages,
+        sent_bytes=sum(passed_on(name, size, ranks.world_size()) for name, size in messages.items()),
         optimizer=run.built.optimizer,
     )
 
@@ -186,6 +203,23 @@ def _peak(step: Any, device: torch.device) -> tuple[int, dict[str, int]]:
         "driver_bytes": device_meter.driver_bytes,
     }
     return device_meter.allocated_bytes, memory
+
+
+def _messages(step: Any) -> dict[str, int]:
+    """Return the bytes that a step gives to each collective, by DeepSpeed's comms logger."""
+    logger = deepspeed.comm.comm.comms_logger
+    before = logger.enabled, logger.prof_all
+    deepspeed.comm.reset_log()
+    deepspeed.comm.configure(enabled=True, prof_all=True)
+    step()
+    deepspeed.comm.configure(enabled=before[0], prof_all=before[1])
+    found: dict[str, int] = {}
+    for operation, records in logger.get_raw_data().items():
+        size_bytes = sum(size * record[0] for size, record in records.items())
+        if size_bytes:  # a barrier has none
+            collective = _COLLECTIVES[operation]
+            found[collective] = found.get(collective, 0) + size_bytes
+    return found
 
 
 def _bytes(batch: Batch) -> int:

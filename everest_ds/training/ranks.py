@@ -146,7 +146,14 @@ def _unlink_shared_memory() -> None:
 
 
 def _prepare_cpu_communication() -> None:
-    """Without a compiler, leave all-reduce to gloo: building DeepSpeed's own would end in a page of trace."""
+    """Leave all-reduce to gloo where DeepSpeed's own, by shared memory, is slow or can't be had.
+
+    Its ranks wait for each other by spinning: more ranks than cores take the cores from those that they wait for.
+    Without a compiler, building it would end in a page of trace.
+    """
+    if local_world_size() > len(os.sched_getaffinity(0)):
+        deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_OP] = False
+        return
     missing = missing_compiler()
     if missing:
         deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_OP] = False

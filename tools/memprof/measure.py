@@ -83,6 +83,8 @@ def job(recipe: Recipe, ds_config: dict[str, Any], *, steps: int, name: str) -> 
 
 def compare(planned: Plan, per_rank: list[dict[str, Any]]) -> dict[str, Any]:
     """Put the prediction beside the rank that needed most. On a CPU device and host are one memory."""
+    from everest_ds.memory.traffic import sent_bytes  # noqa: PLC0415 - torch, as above
+
     measured = max(per_rank, key=lambda m: m["measured_peak_bytes"])
     on_cpu = planned.device_type == "cpu"
     # The allocator knows nothing of the context and of NCCL: tensors are compared with tensors.
@@ -101,6 +103,8 @@ def compare(planned: Plan, per_rank: list[dict[str, Any]]) -> dict[str, Any]:
         "rss_growth_bytes": measured["rss_growth_bytes"],
         "predicted_states_bytes": sum(i.size_bytes for i in planned.states if on_cpu or not i.host),
         "states_bytes": measured["states_bytes"],
+        "predicted_sent_bytes": sent_bytes(planned),
+        "sent_bytes": measured["sent_bytes"],
         "step_s": measured["step_s"],
         "step_spread_s": measured["step_spread_s"],
         "clips_per_s": sum(m["clips_per_s"] for m in per_rank),
@@ -120,6 +124,7 @@ def comparison_table(result: dict[str, Any]) -> Table:
         ("peak of a step", result["compared_bytes"], result["measured_peak_bytes"]),
         ("held between steps", result["predicted_states_bytes"], result["states_bytes"]),
         ("resident set growth", result["predicted_resident_bytes"], result["rss_growth_bytes"]),
+        ("sent per step", result["predicted_sent_bytes"], result["sent_bytes"]),
     )
     for name, predicted, measured in rows:
         residual = measured - predicted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -32,6 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
         common.print_json(as_json(planned))
         return 0
     common.show(items_table(planned))
+    if arguments.world_size > 1:
+        common.show(traffic_table(planned))
     if arguments.sources:
         common.show(sources_table(planned))
     return 0
@@ -39,10 +42,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def as_json(planned: Plan) -> dict[str, object]:
     """The fields that scripts rely on."""
+    from everest_ds.memory.traffic import messages, sent_bytes  # noqa: PLC0415 - torch, as above
+
     return {
         "predicted_peak_bytes": planned.predicted_peak_bytes,
         "device": planned.device,
         "host": planned.host,
+        "messages": [dataclasses.asdict(m) | {"sent_bytes": m.sent_bytes} for m in messages(planned)],
+        "sent_bytes": sent_bytes(planned),
         "config": planned.describe(),
     }
 
@@ -62,6 +69,19 @@ def items_table(planned: Plan) -> Table:
     if planned.host:
         total = sum(planned.host.values())
         table.add_row("held", "host", f"{total:,}", common.size(total))
+    return table
+
+
+def traffic_table(planned: Plan) -> Table:
+    """What the rank sends in an optimizer step."""
+    from everest_ds.memory.traffic import messages  # noqa: PLC0415 - torch, as above
+
+    table = Table(title="sent per step: messages as DeepSpeed's comms logger counts them, and what leaves the rank")
+    for column in ("what", "collective", "messages", "leaves the rank"):
+        table.add_column(column, justify="right" if column in ("messages", "leaves the rank") else "left")
+    for message in messages(planned):
+        sizes = (common.size(message.size_bytes), common.size(message.sent_bytes))
+        table.add_row(message.name, message.collective, *sizes)
     return table
 
 
