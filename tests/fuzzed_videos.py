@@ -9,13 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import av
 import numpy as np
-from video_files import moving_frames
+from video_files import CLOSED_GROUPS, encode, moving_frames
 
 FRAMES = 20
-_H264 = ("libx264", {"crf": "10", "g": "12", "bf": "2", "flags": "+cgop"})
-# Suffix -> codec and options. libx265 writes to stderr unless told not to.
+_H264 = ("libx264", CLOSED_GROUPS)
+# Suffix -> codec and options; libx265 writes to stderr unless told not to.
 _SOURCES: dict[str, tuple[str, dict[str, str]]] = {
     "mp4": _H264,
     "mkv": _H264,
@@ -37,7 +36,8 @@ class Fuzzed(NamedTuple):
 
 def write_sources(folder: Path) -> list[Path]:
     """Write one small good video per container."""
-    return [_write(folder / f"source.{suffix}", *codec) for suffix, codec in _SOURCES.items()]
+    frames = moving_frames(FRAMES)
+    return [encode(folder / f"source.{suffix}", frames, *codec) for suffix, codec in _SOURCES.items()]
 
 
 def write_fuzzed(folder: Path, count: int, *, seed: int) -> list[Fuzzed]:
@@ -141,17 +141,3 @@ KINDS: dict[str, _Damage] = {
     "zeros": _zeros,
     "swapped": _swap,
 }
-
-
-def _write(path: Path, codec: str, options: dict[str, str]) -> Path:
-    # Without it, Matroska has random numbers in it.
-    with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream(codec, rate=25, options=options)
-        frames = moving_frames(FRAMES)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.thread_count = 1
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode(None))
-    return path

@@ -11,6 +11,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+CLOSED_GROUPS = {"crf": "10", "g": "12", "bf": "2", "flags": "+cgop"}
+
 
 def moving_frames(count: int, height: int = 48, width: int = 64, seed: int = 0) -> np.ndarray:
     """Return RGB frames (count, height, width, 3), each clearly different from all others."""
@@ -23,9 +25,14 @@ def moving_frames(count: int, height: int = 48, width: int = 64, seed: int = 0) 
 
 def write_video(path: Path, frames: np.ndarray, **options: str) -> Path:
     """Write frames as H.264 with B-frames in closed groups of 12."""
-    options = {"crf": "10", "g": "12", "bf": "2", "flags": "+cgop", **options}
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=25, options=options)
+    return encode(path, frames, "libx264", CLOSED_GROUPS | options)
+
+
+def encode(path: Path, frames: np.ndarray, codec: str, options: dict[str, str]) -> Path:
+    """Write frames, in the container that the suffix names."""
+    # Without it, Matroska has random numbers in it.
+    with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream(codec, rate=25, options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.thread_count = 1
