@@ -17,6 +17,8 @@ from everest_ds.memory.trace import Mark, Parameter, StepTrace
 
 _LABEL = "gathered parameters"
 _MESSAGE = "all-gather message"
+_SECONDARY = "secondary parameters"
+_WAITING = "fp32 gradients"
 
 
 @dataclass
@@ -49,7 +51,15 @@ class StepZero3(Step):
         self.order = [e.name for e in trace.events if isinstance(e, Mark) and e.kind in kinds]
         self.persistent = {p.name for p in kept_whole(trace.parameters, setting)}
         self.whole = _Whole(users={p.name: set() for p in trace.parameters})
+        self.secondary: dict[str, int] = {}
         self.bucket: list[Parameter] = []
+        self.waiting: list[int] = []  # gradients that aren't worth a file, until the optimizer step
+        self.on_nvme = {
+            p.name
+            for group in sub_groups(trace.parameters, setting)
+            for p in group
+            if setting.swaps(sum(share(q, setting.ranks) for q in group))
+        }
 
     def begin_pass(self) -> None:
         """reset_step."""
@@ -111,6 +121,11 @@ class StepZero3(Step):
         return parameter.name not in self.whole.blocks and parameter.name not in self.whole.flying
 
     def _gather(self, wanted: list[Parameter]) -> None:
+        """__all_gather_params_: those with a secondary copy are gathered from that, the others by themselves."""
+        for within_group in (True, False):
+            self._gather_alike([p for p in wanted if (p.name in self.secondary) is within_group])
+
+    def _gather_alike(self, wanted: list[Parameter]) -> None:
         """all_gather_coalesced: one message for several parameters; a single one is gathered in place."""
         if not wanted:
             return
@@ -166,10 +181,17 @@ class StepZero3(Step):
 
     def _free(self, parameter: Parameter) -> None:
         if parameter.name in self.whole.blocks and not self.whole.users[parameter.name]:
+            self._keep_secondary(parameter)
             block = self.whole.blocks.pop(parameter.name)
             self.available -= parameter.elements
             if block is not None:
                 self.timeline.gone(block)
+
+    def _keep_secondary(self, parameter: Parameter) -> None:
+        """_partition_param_sec: what is freed is kept once more, cut over the ranks of a node, until the step's end."""
+        if self.setting.hpz > 1 and parameter.name not in self.secondary:
+            size = self._gathered_bytes(parameter) // self.setting.hpz
+            self.secondary[parameter.name] = self.timeline.born(size, _SECONDARY)
 
     def gradient_ready(self, parameter: Parameter) -> None:
         """reduce_independent_p_g_buckets_and_remove_grads, __add_grad_to_ipg_bucket."""
@@ -185,12 +207,29 @@ class StepZero3(Step):
         """__avg_scatter_grads: reduce_scatter_coalesced sends a padded copy, unless it is one tensor that divides."""
         if not self.bucket:
             return
-        if len(self.bucket) > 1 or self.bucket[0].elements % self.setting.ranks:
-            self.timeline.flash(sum(self._gathered_bytes(p) for p in self.bucket), "reduce message")
+        copied = len(self.bucket) > 1 or self.bucket[0].elements % self.setting.ranks
+        size = sum(self._gathered_bytes(p) for p in self.bucket) if copied else 0
+        message = self.timeline.born(size, "reduce message")
+        self._to_nvme()
+        self.timeline.gone(message)
         for parameter in self.bucket:
             if parameter.name in self.gradients:
                 self.release_gradient(parameter)
         self.bucket = []
+
+    def _to_nvme(self) -> None:
+        """partition_grads: fp32 copies on the device, written to files; what isn't wholly written stays."""
+        if self.setting.precision == "fp32" or not self.last_pass:
+            return
+        passing = 0
+        for parameter in self.bucket:
+            if parameter.name in self.on_nvme:
+                elements = share(parameter, self.setting.ranks)
+                if self.setting.swapped_gradient(elements) == elements:
+                    passing += elements
+                else:
+                    self.waiting.append(self.timeline.born(elements * FP32_BYTES, _WAITING))
+        self.timeline.flash(passing * FP32_BYTES, _WAITING)
 
     def backward_done(self) -> None:
         """independent_gradient_partition_epilogue, release_backward_leftovers."""
@@ -217,8 +256,12 @@ class StepZero3(Step):
             self.timeline.flash(max(sizes) * NORM_BYTES, "gradient norm")
             for group in sub_groups(self.trace.parameters, self.setting):
                 self._update(sum(share(p, self.setting.ranks) for p in group))
+        for block in self.waiting:
+            self.timeline.gone(block)
         for parameter in kept_whole(self.trace.parameters, self.setting):
             self.timeline.born(self._gathered_bytes(parameter), "parameters kept whole")
+        for block in self.secondary.values():
+            self.timeline.gone(block)
 
     def _update(self, elements: int) -> None:
         """_prepare_fp32_grad_for_sub_group: a flat copy of the gradients, cast to fp32."""
