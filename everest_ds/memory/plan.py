@@ -90,6 +90,13 @@ class Plan:
                 items[item.name] = items.get(item.name, 0) + size
         return items
 
+    @cached_property
+    def gathered_elements(self) -> int:
+        """Elements of parameters that a pass gathers under ZeRO-3, those gathered again for the backward pass twice."""
+        step = self.step(self.trace, self.setting, self.states)
+        step.run()
+        return step.gathered
+
     @property
     def process_peak_bytes(self) -> int:
         """Device and host together: what a process that computes on the CPU holds."""

@@ -27,6 +27,7 @@ class Step:
         self.parameters = {p.name: p for p in trace.parameters}
         self.last_pass = True
         self.inputs_held = False
+        self.gathered = 0  # elements of partitioned parameters, in the last pass
         self.gradients: dict[str, int] = {}  # timeline blocks of gradients that are held whole, by parameter
 
     def run(self) -> Curve:

@@ -65,7 +65,7 @@ class StepZero3(Step):
         """reset_step."""
         self.queue = deque((p, at) for at, module in enumerate(self.order) for p in self.own[module])
         self.fetched_for: dict[str, int] = {}  # the last moment (index into order) that a parameter was fetched for
-        self.at, self.available = 0, 0
+        self.at, self.available, self.gathered = 0, 0, 0
         self.active: list[str] = []
 
     def hold(self, item: Item) -> None:
@@ -130,6 +130,7 @@ class StepZero3(Step):
         if not wanted:
             return
         self.available += sum(p.elements for p in wanted)
+        self.gathered += sum(p.elements for p in wanted)
         if self.setting.ranks == 1:
             # _no_gather_coalesced: the partition is the parameter; an offloaded one is copied to the device.
             gathers = [_Gather(None, [p]) for p in wanted]

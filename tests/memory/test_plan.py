@@ -50,6 +50,9 @@ def test_zero3_gathers_again_what_it_does_not_keep():
     )
     saved = whole.predicted_peak_bytes - kept.predicted_peak_bytes
     assert 0.5 * 2 * whole.trace.elements < saved < 2 * whole.trace.elements  # bf16
+    elements = whole.trace.elements
+    assert 0.99 * elements < whole.gathered_elements < 1.1 * elements  # norms and biases stay
+    assert 1.5 * elements < kept.gathered_elements < 2 * elements
     assert highest(kept, "gathered parameters") < 3 * 2 * bucket < highest(whole, "gathered parameters")
 
 

@@ -44,6 +44,7 @@ def as_json(planned: Plan) -> dict[str, object]:
         "device": planned.device,
         "host": planned.host,
         "nvme": planned.nvme,
+        "gathered_elements": planned.gathered_elements,
         "config": planned.describe(),
     }
 
