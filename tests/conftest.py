@@ -20,6 +20,7 @@ SEVERAL_RANKS = (
     "tests/e2e/",
     "tests/resilience/test_bad_numbers",
     "tests/resilience/test_kills",
+    "tests/resilience/test_nvme",
     "tests/resilience/test_other_worlds",
     "tests/resilience/test_requests_to_stop",
     "tests/resilience/test_slurm_script",

@@ -11,6 +11,7 @@ from typing import Any
 
 from everest_ds.config.batches import AUTO, Batches
 from everest_ds.config.ds_values import check_plain_values
+from everest_ds.config.ds_zero import OFFLOADS, check_zero
 from everest_ds.config.errors import UserError, nearest, shown
 from everest_ds.config.files import LARGEST_SETTINGS_BYTES, read_bounded
 from everest_ds.config.json_text import parse_json
@@ -24,8 +25,13 @@ _BUCKET_ALIGNMENT = 1024  # elements; DeepSpeed wants its all-gather bucket even
 # Parameters smaller than this stay whole under ZeRO-3: norms and biases, ten times the width (Hugging Face's rule).
 _PERSISTENT_WIDTHS = 10
 _CLOSE_KEY = 0.8
-# What can be offloaded, from which ZeRO stage on.
-_OFFLOADS = {"offload_optimizer": 1, "offload_param": 3}
+# Of gathered parameters ZeRO-3 keeps two buckets: one being computed with, one on its way. DeepSpeed's defaults, 1e9
+# elements, keep whatever the forward pass gathers of any of our models for the backward pass.
+_LIVE_BUCKETS = 2
+# ZeRO-3 updates an eighth of a rank's parameters at a time; from NVMe they pass through several buffers of that size.
+# DeepSpeed's default, 1e9 elements, would be all at once: as much host memory as offload without NVMe takes. A smaller
+# one than 1 MiB isn't swapped.
+_LEAST_SUB_GROUP = 2**18  # fp32 elements
 
 # DeepSpeed ignores a top-level key that it doesn't know, so a typing mistake would train something else unnoticed.
 _TOP_LEVEL_KEYS = """
@@ -91,9 +97,9 @@ def resolve_ds_config(raw: dict[str, Any], recipe: Recipe, facts: Facts) -> tupl
     _fill_optimizer(ds, recipe.optim, batches)
     zero = _section(ds, "zero_optimization")
     _fill(zero, _zero_rules(facts))
-    for name in _OFFLOADS:
+    for name in OFFLOADS:
         _fill(_section(zero, name, "zero_optimization."), {"pin_memory": not facts.on_cpu})
-    _check_offload(zero)
+    check_zero(ds, _stage(zero), ranks=facts.ranks, on_cpu=facts.on_cpu)
     if zero.get("compute_grad_norm") is False:
         raise UserError(
             "ds_config zero_optimization.compute_grad_norm: steps that aren't finite would be taken; remove it"
@@ -149,6 +155,9 @@ def _zero_rules(facts: Facts) -> dict[str, Any]:
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
         "stage3_prefetch_bucket_size": bucket,
+        "stage3_max_reuse_distance": bucket,
+        "stage3_max_live_parameters": _LIVE_BUCKETS * bucket,
+        "sub_group_size": max(_LEAST_SUB_GROUP, math.ceil(facts.parameters / facts.ranks / _BUCKETS)),
         "stage3_param_persistence_threshold": _PERSISTENT_WIDTHS * facts.width,
     }
 
@@ -209,13 +218,6 @@ def _fill_precision(ds: dict[str, Any], facts: Facts) -> None:
         raise UserError("ds_config bf16.check_grad_overflow: steps that aren't finite would be taken; remove it")
     if sections["fp16"].get("auto_cast"):
         raise UserError("ds_config fp16.auto_cast: would round the noise that selects tokens; remove it")
-
-
-def _check_offload(zero: dict[str, Any]) -> None:
-    stage = _stage(zero)
-    for name, least in _OFFLOADS.items():
-        if zero.get(name, {}).get("device", "none") != "none" and stage < least:
-            raise UserError(f"ds_config zero_optimization.{name}: needs ZeRO stage {least} or higher")
 
 
 def _stage(zero: dict[str, Any]) -> int:

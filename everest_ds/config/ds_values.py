@@ -45,6 +45,7 @@ _RULES: dict[str, _Rule] = {
     "activation_checkpointing.profile": _TRUTH,
     "activation_checkpointing.synchronize_checkpoint_boundary": _TRUTH,
     "aio.block_size": _COUNT,
+    "aio.intra_op_parallelism": _COUNT,
     "aio.queue_depth": _COUNT,
     "autotuning.enabled": _TRUTH,
     "checkpoint.load_universal": _TRUTH,

@@ -22,7 +22,7 @@ from everest_ds.config.load import to_tree
 from everest_ds.config.schema import ModelConfig, Recipe
 from everest_ds.memory.overheads import Overheads, overheads_for
 from everest_ds.memory.setting import ZeroSetting
-from everest_ds.memory.states import Item, averaged_weights, states
+from everest_ds.memory.states import Item, Place, averaged_weights, states
 from everest_ds.memory.step import Step
 from everest_ds.memory.step_zero3 import StepZero3
 from everest_ds.memory.step_zero12 import StepZero12
@@ -75,9 +75,17 @@ class Plan:
     @cached_property
     def host(self) -> dict[str, int]:
         """What the rank's process holds on the host for the optimizer and the parameters, when they are offloaded."""
+        return self._held("host")
+
+    @cached_property
+    def nvme(self) -> dict[str, int]:
+        """What of the optimizer is in this rank's files, when it is offloaded to NVMe."""
+        return self._held("nvme")
+
+    def _held(self, place: Place) -> dict[str, int]:
         items: dict[str, int] = {}
         for item in self.states:
-            if item.host:
+            if item.place == place:
                 size = _pinned(item.size_bytes) if item.pinned and self.setting.pin_memory else item.size_bytes
                 items[item.name] = items.get(item.name, 0) + size
         return items
@@ -97,7 +105,7 @@ class Plan:
     @property
     def states_bytes(self) -> int:
         """Held between steps, device and host, without overheads."""
-        return sum(item.size_bytes for item in self.states)
+        return sum(item.size_bytes for item in self.states if item.place != "nvme")
 
     def peak(self, micro_batch: int) -> int:
         """The device's peak at another micro-batch; no new trace."""

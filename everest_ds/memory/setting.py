@@ -8,6 +8,7 @@ from typing import Any
 
 from everest_ds.config.batches import ACCUMULATION
 from everest_ds.config.ds_config import precision, zero_stage
+from everest_ds.config.ds_zero import NVME, SWAP_BUFFERS
 from everest_ds.memory.trace import Parameter
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -15,13 +16,18 @@ FP32_BYTES = 4
 NORM_BYTES = 8  # gradient norms accumulate in float64 (DeepSpeed runtime/zero/utils.py, get_norm_dtype)
 # DeepSpeed aligns flat buffers to two elements per rank (stage_1_and_2.py, nccl_start_alignment_factor).
 _ALIGNMENT = 2
+# What is smaller than a page of asynchronous I/O stays in memory, and files end at whole units (swap_tensor/utils.py,
+# MIN_AIO_BYTES and AIO_ALIGNED_BYTES).
+_LEAST_SWAPPED_BYTES = 2**20
+_SWAP_UNIT_BYTES = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroSetting:
     """DeepSpeed's settings that decide about memory; names and defaults are DeepSpeed's (runtime/zero/config.py).
 
-    Sizes of buckets and thresholds count elements. ``rank`` is the rank whose memory is asked for.
+    Sizes of buckets and thresholds count elements. ``rank`` is the rank whose memory is asked for. ``swap_buffers``:
+    how many, 0 where the optimizer isn't on NVMe; ``hpz``: ranks that share a second copy of the parameters.
     """
 
     stage: int
@@ -41,6 +47,10 @@ class ZeroSetting:
     max_live: int = 1_000_000_000
     max_reuse_distance: int = 1_000_000_000
     sub_group: int = 1_000_000_000
+    swap_buffers: int = 0
+    least_swapped_bytes: int = _LEAST_SWAPPED_BYTES
+    swap_unit: int = _SWAP_UNIT_BYTES // FP32_BYTES
+    hpz: int = 1
 
     @property
     def element_bytes(self) -> int:
@@ -61,6 +71,7 @@ class ZeroSetting:
             "max_live": "stage3_max_live_parameters",
             "max_reuse_distance": "stage3_max_reuse_distance",
             "sub_group": "sub_group_size",
+            "hpz": "zero_hpz_partition_size",
         }
         numbers = {ours: zero[theirs] for ours, theirs in given.items() if theirs in zero}
         return cls(
@@ -75,8 +86,28 @@ class ZeroSetting:
             offload_optimizer=optimizer.get("device", "none") != "none",
             offload_param=param.get("device", "none") != "none",
             pin_memory=not on_cpu and bool(optimizer.get("pin_memory") or param.get("pin_memory")),
-            **numbers,
+            **(numbers | (_swapping(optimizer, ds.get("aio") or {}) if optimizer.get("device") == NVME else {})),
         )
+
+    def swaps(self, elements: int) -> bool:
+        """Whether that many fp32 elements are worth a file (swap_tensor/optimizer_utils.py, is_swappable_tensor)."""
+        return bool(self.swap_buffers) and elements * FP32_BYTES >= self.least_swapped_bytes
+
+    def in_swap_units(self, elements: int) -> int:
+        """Elements rounded up to whole units of a file (_io_aligned_numel)."""
+        return -(-elements // self.swap_unit) * self.swap_unit
+
+    def swapped_gradient(self, elements: int) -> int:
+        """Elements of a gradient that go to NVMe; the rest waits in memory (_adjust_for_misaligned_lengths)."""
+        return elements // self.swap_unit * self.swap_unit if self.swaps(elements) else 0
+
+
+def _swapping(optimizer: dict[str, Any], aio: dict[str, Any]) -> dict[str, int]:
+    return {
+        "swap_buffers": optimizer.get("buffer_count", SWAP_BUFFERS),
+        "least_swapped_bytes": max(_LEAST_SWAPPED_BYTES, aio.get("block_size", 0)),
+        "swap_unit": _SWAP_UNIT_BYTES * aio.get("intra_op_parallelism", 1) // FP32_BYTES,
+    }
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from everest_ds.memory.setting import FP32_BYTES, FlatGroup, ZeroSetting, groups_of, share, sub_groups
 from everest_ds.memory.trace import Parameter
@@ -15,17 +16,18 @@ from everest_ds.memory.trace import Parameter
 _STAGE12 = "runtime/zero/stage_1_and_2.py"
 _STAGE3 = "runtime/zero/stage3.py"
 AVERAGE = "averaged weights"
+Place = Literal["device", "host", "nvme"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """Bytes held between steps, on the device or the host; ``pinned``: page-locked where DeepSpeed is asked to."""
+    """Bytes held between steps, and where; ``pinned``: page-locked where DeepSpeed is asked to."""
 
     name: str
     size_bytes: int
     formula: str
     source: str
-    host: bool = False
+    place: Place = "device"
     pinned: bool = False
 
 
@@ -60,6 +62,7 @@ def _stage12(parameters: Sequence[Parameter], setting: ZeroSetting) -> Iterator[
     groups = [FlatGroup(group, setting.ranks) for group in groups_of(parameters)]
     padded, partition = sum(g.padded for g in groups), sum(g.partition for g in groups)
     b, host = setting.element_bytes, setting.offload_optimizer
+    place: Place = "host" if host else "device"
     yield Item(
         name="parameters",
         size_bytes=padded * b,
@@ -71,7 +74,7 @@ def _stage12(parameters: Sequence[Parameter], setting: ZeroSetting) -> Iterator[
         size_bytes=partition * FP32_BYTES,
         formula="p x 4 (a copy even when training in fp32)",
         source=f"{_STAGE12}, __init__ (single_partition_of_fp32_groups)",
-        host=host,
+        place=place,
         pinned=host,
     )
     yield Item(
@@ -79,7 +82,7 @@ def _stage12(parameters: Sequence[Parameter], setting: ZeroSetting) -> Iterator[
         size_bytes=2 * partition * FP32_BYTES,
         formula="p x 8",
         source="ops/adam/cpu_adam.py" if host else "ops/adam/fused_adam.py",
-        host=host,
+        place=place,
     )
     if host:
         yield from _stage12_offload(partition, max(p.elements for p in parameters), b)
@@ -90,7 +93,7 @@ def _stage12(parameters: Sequence[Parameter], setting: ZeroSetting) -> Iterator[
             size_bytes=sum(p.elements for p in owned) * b,
             formula="parameters that reach into p x b",
             source=f"{_STAGE12}, async_accumulate_grad_in_cpu_via_gpu (accumulated_grads_in_cpu)",
-            host=True,
+            place="host",
         )
 
 
@@ -100,7 +103,7 @@ def _stage12_offload(partition: int, largest: int, b: int) -> Iterator[Item]:
         size_bytes=partition * FP32_BYTES,
         formula="p x 4",
         source=f"{_STAGE12}, initialize_optimizer_states (single_partition_of_fp32_groups.grad)",
-        host=True,
+        place="host",
         pinned=True,
     )
     yield Item(
@@ -108,7 +111,7 @@ def _stage12_offload(partition: int, largest: int, b: int) -> Iterator[Item]:
         size_bytes=partition * b,
         formula="p x b",
         source=f"{_STAGE12}, __init__ (param_buffer_of_bit16_for_cpu_offload_groups)",
-        host=True,
+        place="host",
         pinned=True,
     )
     for where in ("cpu", "gpu"):
@@ -117,7 +120,7 @@ def _stage12_offload(partition: int, largest: int, b: int) -> Iterator[Item]:
             size_bytes=largest * b,
             formula="largest parameter x b",
             source=f"{_STAGE12}, __init__ (temp_grad_buffer_for_{where}_offload)",
-            host=where == "cpu",
+            place="host" if where == "cpu" else "device",
             pinned=where == "cpu",
         )
 
@@ -130,7 +133,7 @@ def _stage3(parameters: Sequence[Parameter], setting: ZeroSetting) -> Iterator[I
         size_bytes=partition * b,
         formula="p x b, each parameter padded to the ranks",
         source=f"{_STAGE3}, _create_fp16_partitions_with_defragmentation (lp_param_buffer)",
-        host=setting.offload_param,
+        place="host" if setting.offload_param else "device",
         pinned=setting.offload_param,
     )
     yield Item(
@@ -140,36 +143,14 @@ def _stage3(parameters: Sequence[Parameter], setting: ZeroSetting) -> Iterator[I
         source="runtime/zero/parameter_offload.py, mark_persistent_parameters",
     )
     yield Item(
-        name="fp32 master parameters",
-        size_bytes=partition * FP32_BYTES,
-        formula="p x 4",
-        source=f"{_STAGE3}, _create_fp32_partitions",
-        host=host,
-    )
-    yield Item(
-        name="Adam moments",
-        size_bytes=2 * partition * FP32_BYTES,
-        formula="p x 8",
-        source="ops/adam/cpu_adam.py" if host else "ops/adam/fused_adam.py",
-        host=host,
-    )
-    yield Item(
         name="gradients",
         size_bytes=partition * b,
         formula="p x b",
         source=f"{_STAGE3}, _setup_for_real_optimizer (grad_partitions_flat_buffer)",
-        host=host,
+        place="host" if host else "device",
         pinned=host,
     )
-    if host:
-        yield Item(
-            name="fp32 gradients",
-            size_bytes=partition * FP32_BYTES,
-            formula="p x 4",
-            source=f"{_STAGE3}, initialize_optimizer_states (fp32_partitioned_groups_flat.grad)",
-            host=True,
-            pinned=True,
-        )
+    yield from _stage3_optimizer(parameters, setting)
     if setting.contiguous_gradients:
         yield Item(
             name="reduce bucket",
@@ -177,6 +158,65 @@ def _stage3(parameters: Sequence[Parameter], setting: ZeroSetting) -> Iterator[I
             formula="reduce_bucket_size x b",
             source=f"{_STAGE3}, _setup_for_real_optimizer (IPGBucketZ3.buffer)",
         )
+
+
+def _stage3_optimizer(parameters: Sequence[Parameter], setting: ZeroSetting) -> Iterator[Item]:
+    """Masters and moments of each sub-group, in memory or, where it is large enough, on NVMe."""
+    groups = [[share(p, setting.ranks) for p in group] for group in sub_groups(parameters, setting)]
+    kept = sum(sum(group) for group in groups if not setting.swaps(sum(group)))
+    host = setting.offload_optimizer
+    if kept:
+        yield from _masters_and_moments(kept, "p", "host" if host else "device")
+    if kept and host:
+        yield Item(
+            name="fp32 gradients",
+            size_bytes=kept * FP32_BYTES,
+            formula="p x 4",
+            source=f"{_STAGE3}, initialize_optimizer_states (fp32_partitioned_groups_flat.grad)",
+            place="host",
+            pinned=True,
+        )
+    if setting.swap_buffers:
+        yield from _swapped(groups, setting)
+
+
+def _masters_and_moments(elements: int, formula: str, place: Place) -> Iterator[Item]:
+    yield Item(
+        name="fp32 master parameters",
+        size_bytes=elements * FP32_BYTES,
+        formula=f"{formula} x 4",
+        source=f"{_STAGE3}, _create_fp32_partitions",
+        place=place,
+    )
+    yield Item(
+        name="Adam moments",
+        size_bytes=2 * elements * FP32_BYTES,
+        formula=f"{formula} x 8",
+        source="ops/adam/fused_adam.py" if place == "device" else "ops/adam/cpu_adam.py",
+        place=place,
+    )
+
+
+def _swapped(groups: list[list[int]], setting: ZeroSetting) -> Iterator[Item]:
+    """What is in files, one per tensor of a sub-group and per gradient, and the buffers that they pass through."""
+    on_nvme = [group for group in groups if setting.swaps(sum(group))]
+    if on_nvme:
+        elements = sum(setting.in_swap_units(sum(group)) for group in on_nvme)
+        yield from _masters_and_moments(elements, "p of the sub-groups of 1 MiB or more, in whole KiB,", "nvme")
+        yield Item(
+            name="fp32 gradients",
+            size_bytes=sum(setting.swapped_gradient(piece) for group in on_nvme for piece in group) * FP32_BYTES,
+            formula="parts of 1 MiB or more, in whole KiB, x 4",
+            source="runtime/swap_tensor/optimizer_utils.py, _swap_out_gradients",
+            place="nvme",
+        )
+    yield Item(
+        name="swap buffers",
+        size_bytes=setting.swap_buffers * setting.in_swap_units(max(sum(group) for group in groups)) * FP32_BYTES,
+        formula="buffer_count x the largest sub-group, in whole KiB, x 4",
+        source="runtime/swap_tensor/utils.py, SwapBufferManager.__init__",
+        place="host",
+    )
 
 
 def averaged_weights(parameters: Sequence[Parameter]) -> Item:

@@ -22,7 +22,7 @@ class Step:
 
     def __init__(self, trace: StepTrace, setting: ZeroSetting, items: list[Item]) -> None:
         self.trace, self.setting = trace, setting
-        self.items = [item for item in items if not item.host]
+        self.items = [item for item in items if item.place == "device"]
         self.timeline = Timeline()
         self.parameters = {p.name: p for p in trace.parameters}
         self.last_pass = True

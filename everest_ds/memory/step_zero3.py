@@ -7,7 +7,7 @@ order in which modules run.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from everest_ds.memory.setting import FP32_BYTES, NORM_BYTES, ZeroSetting, share, sub_groups
@@ -17,6 +17,8 @@ from everest_ds.memory.trace import Mark, Parameter, StepTrace
 
 _LABEL = "gathered parameters"
 _MESSAGE = "all-gather message"
+_SECONDARY = "secondary parameters"
+_WAITING = "fp32 gradients"
 
 
 @dataclass
@@ -49,7 +51,17 @@ class StepZero3(Step):
         self.order = [e.name for e in trace.events if isinstance(e, Mark) and e.kind in kinds]
         self.persistent = {p.name for p in self.kept_whole()}
         self.whole = _Whole(users={p.name: set() for p in trace.parameters})
+        self.secondary: dict[str, int] = {}
         self.bucket: list[Parameter] = []
+        # Per pass, elements of this rank that others were given, by the number of ranks.
+        self.gathered: list[Counter[int]] = []
+        self.waiting: list[int] = []  # gradients that aren't worth a file, until the optimizer step
+        self.on_nvme = {
+            p.name
+            for group in sub_groups(trace.parameters, setting)
+            for p in group
+            if setting.swaps(sum(share(q, setting.ranks) for q in group))
+        }
 
     def kept_whole(self) -> list[Parameter]:
         """The parameters that stay gathered from step to step."""
@@ -61,7 +73,7 @@ class StepZero3(Step):
         self.fetched_for: dict[str, int] = {}  # the last moment (index into order) that a parameter was fetched for
         self.at, self.available = 0, 0
         self.active: list[str] = []
-        self.gathered_in_pass = 0  # elements of this rank that the others were given
+        self.gathered.append(Counter())
 
     def hold(self, item: Item) -> None:
         """Parameters that are kept whole are blocks of their own: the optimizer step frees and gathers them."""
@@ -116,11 +128,16 @@ class StepZero3(Step):
         return parameter.name not in self.whole.blocks and parameter.name not in self.whole.flying
 
     def _gather(self, wanted: list[Parameter]) -> None:
+        """__all_gather_params_: those with a secondary copy are gathered from that, the others by themselves."""
+        for copied, group in ((True, self.setting.hpz), (False, self.setting.ranks)):
+            self._gather_alike([p for p in wanted if (p.name in self.secondary) is copied], group)
+
+    def _gather_alike(self, wanted: list[Parameter], group: int) -> None:
         """all_gather_coalesced: one message for several parameters; a single one is gathered in place."""
         if not wanted:
             return
         self.available += sum(p.elements for p in wanted)
-        self.gathered_in_pass += sum(share(p, self.setting.ranks) for p in wanted)
+        self.gathered[-1][group] += sum(share(p, self.setting.ranks) for p in wanted) * self.setting.ranks // group
         if self.setting.ranks == 1:
             # _no_gather_coalesced: the partition is the parameter; an offloaded one is copied to the device.
             gathers = [_Gather(None, [p]) for p in wanted]
@@ -172,10 +189,17 @@ class StepZero3(Step):
 
     def _free(self, parameter: Parameter) -> None:
         if parameter.name in self.whole.blocks and not self.whole.users[parameter.name]:
+            self._keep_secondary(parameter)
             block = self.whole.blocks.pop(parameter.name)
             self.available -= parameter.elements
             if block is not None:
                 self.timeline.gone(block)
+
+    def _keep_secondary(self, parameter: Parameter) -> None:
+        """_partition_param_sec: what is freed is kept once more, cut over the ranks of a node, until the step's end."""
+        if self.setting.hpz > 1 and parameter.name not in self.secondary:
+            size = self._gathered_bytes(parameter) // self.setting.hpz
+            self.secondary[parameter.name] = self.timeline.born(size, _SECONDARY)
 
     def gradient_ready(self, parameter: Parameter) -> None:
         """reduce_independent_p_g_buckets_and_remove_grads, __add_grad_to_ipg_bucket."""
@@ -191,12 +215,29 @@ class StepZero3(Step):
         """__avg_scatter_grads: reduce_scatter_coalesced sends a padded copy, unless it is one tensor that divides."""
         if not self.bucket:
             return
-        if len(self.bucket) > 1 or self.bucket[0].elements % self.setting.ranks:
-            self.timeline.flash(sum(self._gathered_bytes(p) for p in self.bucket), "reduce message")
+        copied = len(self.bucket) > 1 or self.bucket[0].elements % self.setting.ranks
+        size = sum(self._gathered_bytes(p) for p in self.bucket) if copied else 0
+        message = self.timeline.born(size, "reduce message")
+        self._to_nvme()
+        self.timeline.gone(message)
         for parameter in self.bucket:
             if parameter.name in self.gradients:
                 self.release_gradient(parameter)
         self.bucket = []
+
+    def _to_nvme(self) -> None:
+        """partition_grads: fp32 copies on the device, written to files; what isn't wholly written stays."""
+        if self.setting.precision == "fp32" or not self.last_pass:
+            return
+        passing = 0
+        for parameter in self.bucket:
+            if parameter.name in self.on_nvme:
+                elements = share(parameter, self.setting.ranks)
+                if self.setting.swapped_gradient(elements) == elements:
+                    passing += elements
+                else:
+                    self.waiting.append(self.timeline.born(elements * FP32_BYTES, _WAITING))
+        self.timeline.flash(passing * FP32_BYTES, _WAITING)
 
     def backward_done(self) -> None:
         """independent_gradient_partition_epilogue, release_backward_leftovers."""
@@ -223,8 +264,12 @@ class StepZero3(Step):
             self.timeline.flash(max(sizes) * NORM_BYTES, "gradient norm")
             for group in sub_groups(self.trace.parameters, self.setting):
                 self._update(sum(share(p, self.setting.ranks) for p in group))
+        for block in self.waiting:
+            self.timeline.gone(block)
         for parameter in self.kept_whole():
             self.timeline.born(self._gathered_bytes(parameter), "parameters kept whole")
+        for block in self.secondary.values():
+            self.timeline.gone(block)
 
     def _update(self, elements: int) -> None:
         """_prepare_fp32_grad_for_sub_group: a flat copy of the gradients, cast to fp32."""

@@ -107,14 +107,19 @@ def _stage3(plan: Plan) -> Iterator[Message]:
     step = StepZero3(plan.trace, setting, plan.states)
     step.run()
     whole = sum(share(p, setting.ranks) for p in step.kept_whole())
-    yield Message(
-        name="parameters",
-        collective="all_gather",
-        ranks=setting.ranks,
-        size_bytes=(setting.accumulation * step.gathered_in_pass + whole) * setting.element_bytes,
-        formula="what modules need and isn't whole any more x b x passes, and those kept whole once a step",
-        source=_PARAMETERS,
-    )
+    first, last = step.gathered[0], step.gathered[-1]
+    for group in first | last:
+        elements = first[group] + (setting.accumulation - 1) * last[group]
+        within = group != setting.ranks
+        yield Message(
+            name="parameters within nodes" if within else "parameters",
+            collective="all_gather",
+            ranks=group,
+            size_bytes=(elements + (0 if within else whole)) * setting.element_bytes,
+            formula="what modules need and isn't whole any more x b x passes"
+            + ("" if within else ", and those kept whole once a step"),
+            source=_PARAMETERS,
+        )
     yield Message(
         name="gradients",
         collective="reduce_scatter",

@@ -204,11 +204,9 @@ class Checkpoints:
         state = self._state
         owners = _owners({name: state.shape(name).numel() for name in state.parameters}, ranks.world_size())
         found = {}
-        for kind in state.kinds:
-            for name in state.parameters:
-                whole = state.read(name, kind)
-                if owners[name] == ranks.rank():
-                    found[f"{kind}/{name}"] = whole.cpu().contiguous()
+        for kind, name, whole in state.tensors():
+            if owners[name] == ranks.rank():
+                found[f"{kind}/{name}"] = whole.cpu().contiguous()
         if self._average is not None:
             mine = {name: value for name, value in self._average.state.items() if owners[name] == ranks.rank()}
             found |= {f"{AVERAGE}/{name}": value.cpu().contiguous() for name, value in mine.items()}

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import shutil
+import tempfile
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +18,19 @@ from torch import nn
 
 from everest_ds.config.batches import GLOBAL, Batches
 from everest_ds.config.ds_config import Facts, resolve_ds_config, zero_stage
+from everest_ds.config.ds_zero import check_nvme_paths, nvme_paths
 from everest_ds.config.errors import UserError, shortened
 from everest_ds.config.schema import Recipe
 from everest_ds.models import MaskedAutoencoder, VideoClassifier, build_network
 from everest_ds.models.parameter_groups import parameter_groups
 from everest_ds.training import ranks
-from everest_ds.training.ops import missing_compiler
+from everest_ds.training.ops import missing_compiler, op_obstacle
 from everest_ds.training.optim import build_optimizer
 
 log = logging.getLogger(__name__)
 # DeepSpeed repeats the value that it refuses.
 _LONGEST_REASON = 400
+_ASYNC_IO = "AsyncIOBuilder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +89,7 @@ def resolve(raw: dict[str, Any], recipe: Recipe, model: nn.Module) -> tuple[dict
     _check_compile(recipe, zero_stage(raw))
     ds, batches = resolve_ds_config(raw, recipe, describe(model, recipe.model.row.width, ranks.world_size()))
     check_ds_config(ds)
+    check_nvme_paths(ds)
     return ds, batches
 
 
@@ -102,7 +109,8 @@ def initialise(model: nn.Module, recipe: Recipe, ds_config: dict[str, Any]) -> B
     Raises:
         UserError: the optimizer asked for can't be had here.
     """
-    ds = dict(ds_config)
+    ds = copy.deepcopy(ds_config)
+    swap_folders = _own_swap_folders(ds)
     deepspeed.checkpointing.configure(None, deepspeed_config=ds)
     optimizer, line = build_optimizer(model, recipe.optim, ds)
     parameters = None if optimizer else parameter_groups(model, recipe.optim.weight_decay, recipe.optim.layer_decay)
@@ -114,6 +122,8 @@ def initialise(model: nn.Module, recipe: Recipe, ds_config: dict[str, Any]) -> B
         if optimizer is not None:
             raise
         raise UserError(f"ds_config optimizer: DeepSpeed can't build {ds['optimizer']} ({error})") from error
+    for folder in swap_folders:
+        weakref.finalize(engine, shutil.rmtree, folder, ignore_errors=True)
     if not engine.zero_optimization():
         _undo_empty_step(engine.optimizer)
     if not hasattr(engine.optimizer, "_global_grad_norm"):
@@ -123,6 +133,23 @@ def initialise(model: nn.Module, recipe: Recipe, ds_config: dict[str, Any]) -> B
     if recipe.train.compile:
         engine.compile()
     return Built(engine=engine, optimizer=line)
+
+
+def _own_swap_folders(ds: dict[str, Any]) -> list[str]:
+    """Let this rank's NVMe files lie in a folder of their own: DeepSpeed's names are the same for every run.
+
+    Raises:
+        UserError: DeepSpeed can't read and write asynchronously here.
+    """
+    folders = []
+    for name, path in nvme_paths(ds):
+        # Foreseen first: that says what is missing.
+        obstacle = op_obstacle(_ASYNC_IO, build=False) or op_obstacle(_ASYNC_IO, build=True)
+        if obstacle:
+            raise UserError(f"ds_config {name}: NVMe needs DeepSpeed's async_io, but {obstacle}")
+        folders.append(tempfile.mkdtemp(prefix=f"everest-rank{ranks.rank()}-", dir=path))
+        ds["zero_optimization"][name.rpartition(".")[2]]["nvme_path"] = folders[-1]
+    return folders
 
 
 def dynamic_scaler(engine: Any) -> DynamicLossScaler | None:

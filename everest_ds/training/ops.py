@@ -7,6 +7,7 @@ folder of the user's.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import shutil
 import sys
@@ -19,6 +20,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.git_version_info import accelerator_name, installed_ops
 from torch.utils import cpp_extension
+
+log = logging.getLogger(__name__)
 
 _WHAT_IS_MISSING = {"async_io": ("no libaio with its headers", "apt-get install libaio-dev")}
 
@@ -96,6 +99,8 @@ def build_folder(name: str) -> Path:
 
 def _failure_to_load(builder: Any, name: str) -> Obstacle | None:
     own_ninja_first()
+    if not prebuilt(builder) and not built(builder):
+        log.warning("building DeepSpeed's %s, once: minutes, and every rank waits (%s)", builder.name, build_folder(""))
     try:
         builder.load(verbose=False)
     except Exception as error:

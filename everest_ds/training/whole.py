@@ -6,7 +6,7 @@ any other. Reading and writing are collective calls.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class WholeState:
 
     def __init__(self, engine: Any) -> None:
         self.parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
-        self._places = _Partitioned(engine.optimizer) if _partitions(engine.optimizer) else _Undivided(engine)
+        self._places = _places_of(engine)
         self._engine = engine
 
     @property
@@ -65,19 +65,21 @@ class WholeState:
         parameter = self.parameters[name]
         return getattr(parameter, "ds_shape", parameter.shape)
 
-    def read(self, name: str, kind: str) -> Tensor:
-        """Return a tensor (of the parameter's shape, fp32), which may share the engine's memory."""
-        return self._places.read(name, self.parameters[name], kind).float().reshape(self.shape(name))
+    def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Yield the kind and parameter of every tensor, and the tensor (of the parameter's shape, fp32).
+
+        It may share the engine's memory. A collective call.
+        """
+        kinds = self.kinds
+        for name, parameter in self.parameters.items():
+            for kind in kinds:
+                yield kind, name, self._places.read(name, parameter, kind).float().reshape(self.shape(name))
+        self._places.close()
 
     def allocate(self) -> None:
         """Let the optimizer make its tensors, as its first step does: by a step that changes nothing."""
         for group in self._inner.param_groups:
             group["lr"] = 0.0
-        for holder in self._places.holders:
-            if holder.grad is None:
-                holder.grad = torch.zeros_like(holder)
-            else:
-                holder.grad.zero_()
         self._places.step()
 
     def write(self, name: str, kind: str, value: Tensor) -> None:
@@ -87,6 +89,7 @@ class WholeState:
 
     def finish(self) -> None:
         """Give the parameters that compute the values of their masters."""
+        self._places.close()
         self._places.finish(self.parameters)
 
     @property
@@ -144,6 +147,22 @@ def _partitions(optimizer: Any) -> list[Tensor]:
     return next((getattr(optimizer, name) for name in _PARTITIONS if hasattr(optimizer, name)), [])
 
 
+def _places_of(engine: Any) -> _Partitioned | _Undivided:
+    optimizer = engine.optimizer
+    if not _partitions(optimizer):
+        return _Undivided(engine)
+    if getattr(optimizer, "swap_optimizer", False):
+        return _Swapped(optimizer)
+    return _Partitioned(optimizer)
+
+
+def _zero_gradient(holder: Tensor) -> None:
+    if holder.grad is None:
+        holder.grad = torch.zeros_like(holder)
+    else:
+        holder.grad.zero_()
+
+
 class _Partitioned:
     """ZeRO: each rank holds a part of every group of parameters; DeepSpeed's own functions put them together."""
 
@@ -167,6 +186,8 @@ class _Partitioned:
         return safe_get_full_optimizer_state(parameter, kind)
 
     def step(self) -> None:
+        for holder in self.holders:
+            _zero_gradient(holder)
         if self._stage_3:
             for group in range(len(self.holders)):
                 self._optimizer._optimizer_step(group)
@@ -187,6 +208,9 @@ class _Partitioned:
         else:
             put_state(parameter, value, kind)
 
+    def close(self) -> None:
+        """Nothing is open."""
+
     def finish(self, parameters: dict[str, nn.Parameter]) -> None:  # noqa: ARG002
         if not self._stage_3:
             self._optimizer.update_lp_params()
@@ -195,6 +219,70 @@ class _Partitioned:
         for group in range(len(self.holders)):
             self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
         self._optimizer.checkpoint_event_epilogue()
+
+
+class _Swapped(_Partitioned):
+    """ZeRO 3 whose optimizer is in files (NVMe), apart from groups of parameters that are small.
+
+    DeepSpeed's functions read, and write, a whole group for every parameter of it. Here a group stays in the swap
+    buffers until another is asked for.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__(optimizer)
+        self._open: int | None = None
+        self._changed = False
+
+    def read(self, name: str, parameter: Any, kind: str) -> Tensor:  # noqa: ARG002
+        return self._optimizer._fp32_state_allgather(parameter, self._own_part(parameter, kind))
+
+    def write(self, name: str, parameter: Any, kind: str, value: Tensor) -> None:  # noqa: ARG002
+        self._own_part(parameter, kind).copy_(_part(parameter, value))
+        self._changed = True
+
+    def _own_part(self, parameter: Any, kind: str) -> Tensor:
+        group, start, size = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
+        if self._optimizer._swappable_optimizer_subgroup(group) and group != self._open:
+            self.close()
+            self._swap_in(group)
+        holder = self.holders[group]
+        whole = holder if kind == MASTER else self.inner.state[holder][kind]
+        return whole.data.narrow(0, start, size)
+
+    def _swap_in(self, group: int) -> None:
+        self._optimizer._optimizer_states_and_gradient_swap_in(group)
+        self._open = group
+
+    def close(self) -> None:
+        """Let go of the group in the swap buffers, and write it if anything of it is new."""
+        if self._open is None:
+            return
+        if self._changed:
+            self._optimizer._optimizer_states_and_gradient_swap_out(self._open)
+        else:
+            self._optimizer._release_swap_buffers(self._open)
+        self._open, self._changed = None, False
+
+    def step(self) -> None:
+        self._with_each(self._step_group)
+
+    def _step_group(self, group: int) -> None:
+        _zero_gradient(self.holders[group])
+        self._optimizer._optimizer_step(group)
+
+    def finish(self, parameters: dict[str, nn.Parameter]) -> None:  # noqa: ARG002
+        self._optimizer.checkpoint_event_prologue()
+        self._with_each(self._optimizer._reassign_or_swap_out_partitioned_parameters)
+        self._optimizer.checkpoint_event_epilogue()
+
+    def _with_each(self, work: Callable[[int], None]) -> None:
+        """Do something to every group, which is in memory meanwhile."""
+        for group in range(len(self.holders)):
+            if self._optimizer._swappable_optimizer_subgroup(group):
+                self._swap_in(group)
+            work(group)
+            self._changed = True
+            self.close()
 
 
 def _part(parameter: Any, value: Tensor) -> Tensor:
@@ -235,9 +323,14 @@ class _Undivided:
         return whole.detach().view(-1)[start : start + parameter.numel()]
 
     def step(self) -> None:
+        for holder in self.holders:
+            _zero_gradient(holder)
         self.inner.step()
         for holder in self.holders:
             holder.grad = None
+
+    def close(self) -> None:
+        """Nothing is open."""
 
     def write(self, name: str, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
         self.read(name, parameter, kind).copy_(value)

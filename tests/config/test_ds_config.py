@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from everest_ds.config.ds_config import Facts, bucket_elements, load_ds_config, precision, resolve_ds_config
+from everest_ds.config.ds_zero import check_nvme_paths
 from everest_ds.config.errors import UserError
 from everest_ds.config.load import load_recipe
 
@@ -17,6 +18,14 @@ GPU = Facts(
     fp16_supported=True,
 )
 CPU = Facts(parameters=1_000, largest=100, width=96, ranks=2, on_cpu=True, bf16_supported=True, fp16_supported=False)
+
+
+NVME = {"device": "nvme", "nvme_path": "/nvme"}
+CPU_CHECKPOINTING = {"activation_checkpointing": {"cpu_checkpointing": True}}
+
+
+def zero(stage: int, **settings) -> dict:
+    return {"zero_optimization": {"stage": stage, **settings}}
 
 
 def resolve(ds: dict, *overrides: str, facts: Facts = GPU):
@@ -45,6 +54,29 @@ def test_buckets_fit_the_model():
     assert GPU.largest <= bucket <= GPU.parameters / 4
     assert bucket == bucket_elements(GPU)
     assert bucket % 2 == 0
+
+
+def test_zero3_keeps_two_buckets_gathered():
+    keys = ("stage3_max_live_parameters", "stage3_max_reuse_distance", "sub_group_size")
+    ds, _ = resolve(zero(3, **dict.fromkeys(keys, "auto")))
+    bucket, parameters = bucket_elements(GPU), GPU.parameters // GPU.ranks
+    assert [ds["zero_optimization"][key] for key in keys] == [2 * bucket, bucket, -(-parameters // 8)]
+    assert resolve(zero(3, sub_group_size="auto"), facts=CPU)[0]["zero_optimization"]["sub_group_size"] == 2**18
+
+
+def test_what_runs_on_a_gpu_alone_is_refused_on_a_cpu_alone():
+    asked = zero(3, zero_quantized_weights=True, zero_quantized_gradients=True) | CPU_CHECKPOINTING
+    assert resolve(asked)[0]["zero_optimization"]["zero_quantized_weights"] is True
+
+
+@pytest.mark.parametrize(("folder", "told"), [("none", "is not a folder; make it"), ("closed", "can't be written to")])
+def test_folders_for_nvme_are_looked_at(tmp_path, monkeypatch, folder, told):
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr("os.access", lambda path, _: path != tmp_path / "closed")  # root may write anywhere
+    ds = zero(3, offload_optimizer=NVME | {"nvme_path": str(tmp_path / folder)})
+    with pytest.raises(UserError, match=f"offload_optimizer.nvme_path: {tmp_path / folder} {told}"):
+        check_nvme_paths(ds)
+    check_nvme_paths(zero(3, offload_optimizer=NVME | {"nvme_path": str(tmp_path)}))
 
 
 def test_bf16_auto_is_off_on_a_cpu():
@@ -77,6 +109,17 @@ def test_bf16_auto_is_off_on_a_cpu():
             GPU,
             "offload_param: needs ZeRO stage 3",
         ),
+        (zero(2, offload_optimizer=NVME), [], GPU, "offload_optimizer: NVMe needs ZeRO stage 3"),
+        (zero(3, offload_optimizer={"device": "nvme"}), [], GPU, "offload_optimizer.nvme_path: expected the path"),
+        (zero(3, offload_optimizer=NVME | {"buffer_count": 3}), [], GPU, "needs at least 4 buffers, got 3"),
+        (zero(3, offload_param=NVME), [], GPU, "offload_param.device: 'nvme' is for the optimizer alone"),
+        (zero(2, zero_hpz_partition_size=8), [], GPU, "zero_hpz_partition_size: needs ZeRO stage 3"),
+        (zero(3, zero_hpz_partition_size=3), [], GPU, "8 ranks are not groups of 3"),
+        (zero(3, zero_hpz_partition_size="auto"), [], GPU, "expected a whole number from 1 on, got 'auto'"),
+        (zero(3, mics_shard_size=8), [], GPU, "mics_shard_size: DeepSpeed 0.19 has no MiCS any more"),
+        (zero(3, zero_quantized_weights=True), ["train.micro_batch=2"], CPU, "zero_quantized_weights: its kernels"),
+        ({"activation_checkpointing": {"partition_activations": True}}, [], GPU, "here every rank has a whole one"),
+        (CPU_CHECKPOINTING, ["train.micro_batch=2"], CPU, "cpu_checkpointing: on a CPU"),
     ],
 )
 def test_contradictions_are_refused(ds, overrides, facts, told):

@@ -21,7 +21,16 @@ NODE = Facts(
 
 def test_something_is_shipped():
     assert len(RECIPES) >= 15
-    assert {path.stem for path in CONFIGS} >= {"zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"}
+    assert {path.stem for path in CONFIGS} >= {
+        "zero0",
+        "zero1",
+        "zero2",
+        "zero3",
+        "zero2_offload",
+        "zero3_offload",
+        "zero3_hpz",
+        "zero3_nvme",
+    }
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

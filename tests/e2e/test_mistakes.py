@@ -57,6 +57,11 @@ def test_mistakes_in_settings(pretrain, arguments, told):
     assert_one_line(pretrain(*SMALL, *arguments), told)
 
 
+def test_a_folder_for_nvme_that_is_not_there(pretrain, motion_videos):
+    done = pretrain(*SMALL, f"data.train={motion_videos}", ds=DS_CONFIGS / "zero3_nvme.json")
+    assert_one_line(done, "offload_optimizer.nvme_path: /local_nvme is not a folder")
+
+
 def test_a_mistake_in_a_process_of_its_own():
     """What a user's shell sees: nothing but the line, and the exit code."""
     done = run("run/pretrain.py", "--ds_config", ZERO1, *SMALL, "model.keep_ration=0.3")

@@ -11,6 +11,7 @@ from everest_ds.config.finetuning import FinetuneRecipe
 from everest_ds.config.load import load_as, load_recipe
 from everest_ds.memory.overheads import NONE, Overheads
 from everest_ds.memory.plan import Plan, plan
+from everest_ds.memory.traffic import messages
 
 MIB = 2**20
 
@@ -36,6 +37,61 @@ def test_more_ranks_and_higher_stages_need_less():
     assert held[0] > held[1] > held[2]
     assert make(ds="zero0").predicted_peak_bytes > make(ds="zero1").predicted_peak_bytes
     assert make(ranks=8).states_bytes < make(ranks=2).states_bytes
+
+
+def gathered_bytes(of: Plan) -> int:
+    return sum(message.size_bytes for message in messages(of) if message.collective == "all_gather")
+
+
+def test_zero3_gathers_again_what_it_does_not_keep():
+    """The shipped file keeps two buckets; DeepSpeed's own defaults, everything that was gathered."""
+    ds = load_ds_config(DS_CONFIGS / "zero3.json")
+    recipe = load_recipe(None, ["model.size=vit_base", "train.micro_batch=2"])
+    kept = plan(recipe, ds, ranks=8, overheads=NONE)
+    bucket = kept.setting.reduce_bucket
+    assert (kept.setting.max_live, kept.setting.max_reuse_distance) == (2 * bucket, bucket)
+    whole = plan(
+        recipe, without(ds, "stage3_max_live_parameters", "stage3_max_reuse_distance"), ranks=8, overheads=NONE
+    )
+    saved = whole.predicted_peak_bytes - kept.predicted_peak_bytes
+    assert 0.5 * 2 * whole.trace.elements < saved < 2 * whole.trace.elements  # bf16
+    share_bytes = whole.trace.elements * 2 / 8
+    assert 0.99 * share_bytes < gathered_bytes(whole) < 1.1 * share_bytes  # norms and biases stay
+    assert 1.5 * share_bytes < gathered_bytes(kept) < 2 * share_bytes
+    assert highest(kept, "gathered parameters") < 3 * 2 * bucket < highest(whole, "gathered parameters")
+
+
+def test_hpz_keeps_a_second_copy_over_the_ranks_of_a_node():
+    """From the forward pass to the end of the step, of what is gathered again and of what stays whole."""
+    ds = load_ds_config(DS_CONFIGS / "zero3_hpz.json")
+    recipe = load_recipe(None, ["model.size=vit_base", "train.micro_batch=2"])
+    hpz = plan(recipe, ds, ranks=16, overheads=NONE)
+    plain = plan(recipe, without(ds, "zero_hpz_partition_size"), ranks=16, overheads=NONE)
+    assert hpz.states_bytes == plain.states_bytes
+    copy = sum(16 * -(-p.elements // 16) for p in hpz.trace.parameters) * 2 // 8
+    assert highest(hpz, "secondary parameters") == copy
+    assert highest(plain, "secondary parameters") == 0
+    assert hpz.curves[0].live(2)[-1] == plain.curves[0].live(2)[-1]
+
+
+def without(ds: dict, *keys: str) -> dict:
+    zero = {key: value for key, value in ds["zero_optimization"].items() if key not in keys}
+    return ds | {"zero_optimization": zero}
+
+
+def highest(planned: Plan, label: str) -> int:
+    """The most bytes with a label at any moment."""
+    (curve,) = planned.curves
+    return int((curve.live(2) - curve.live(2, without=label)).max())
+
+
+def test_nvme_is_a_place_of_its_own():
+    nvme, cpu, device = (make(ds=ds, ranks=2) for ds in ("zero3_nvme", "zero3_offload", "zero3"))
+    assert nvme.nvme["Adam moments"] > 0
+    assert nvme.host["swap buffers"] > 0
+    assert not cpu.nvme
+    assert not device.nvme
+    assert sum(nvme.device.values()) == nvme.predicted_peak_bytes < device.predicted_peak_bytes
 
 
 def test_checkpointing_and_everest_need_less():

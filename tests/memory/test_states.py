@@ -1,5 +1,6 @@
 """What is held between steps: bytes per parameter as known from measurements, and arithmetic that must hold."""
 
+import dataclasses
 import json
 
 import pytest
@@ -46,10 +47,32 @@ def test_offload_moves_states_to_the_host(parameters, stage):
         stage=stage, precision="bf16", ranks=2, offload_optimizer=True, offload_param=stage == 3, reduce_bucket=0
     )
     items = states(parameters, setting)
-    host = {item.name for item in items if item.host}
+    host = {item.name for item in items if item.place == "host"}
     assert {"Adam moments", "fp32 master parameters", "fp32 gradients"} <= host
-    on_device = sum(item.size_bytes for item in items if not item.host and item.name == "parameters")
+    on_device = sum(item.size_bytes for item in items if item.place == "device" and item.name == "parameters")
     assert (on_device == 0) == (stage == 3)
+
+
+def test_nvme_takes_what_is_large_enough_and_buffers_pass_it_through(parameters):
+    elements = sum(-(-p.elements // 2) for p in parameters)
+    small = sum(-(-p.elements // 2) for p in groups_of(parameters)[0])  # norms and biases: less than 1 MiB
+    large = -(-(elements - small) // 256) * 256  # in whole KiB
+    setting = ZeroSetting(stage=3, precision="fp32", ranks=2, offload_optimizer=True, swap_buffers=4, reduce_bucket=0)
+    items = {(item.name, item.place): item.size_bytes for item in states(parameters, setting)}
+    assert items["fp32 master parameters", "nvme"] == 4 * large
+    assert items["Adam moments", "nvme"] == 8 * large
+    assert items["swap buffers", "host"] == 4 * 4 * large
+    assert items["fp32 master parameters", "host"] == items["fp32 gradients", "host"] == 4 * small
+    assert ("Adam moments", "device") not in items
+    halves = dataclasses.replace(setting, sub_group=large // 2, least_swapped_bytes=0)
+    buffers = {item.name: item.size_bytes for item in states(parameters, halves)}["swap buffers"]
+    assert 8 * large <= buffers < 12 * large
+
+
+def test_gradients_go_to_nvme_in_whole_kib_and_small_ones_wait():
+    setting = ZeroSetting(stage=3, precision="bf16", ranks=2, offload_optimizer=True, swap_buffers=4)
+    mib = 2**18  # elements
+    assert [setting.swapped_gradient(n) for n in (mib - 1, mib, mib + 255, mib + 256)] == [0, mib, mib, mib + 256]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -100,6 +123,15 @@ def test_partitions_are_padded_and_pieces_fill_them():
     pieces = group.pieces()
     assert [(p.rank, p.elements) for p in pieces["p1"]] == [(0, 3), (1, 4)]
     assert sum(p.elements for ps in pieces.values() for p in ps) == 13
+
+
+def test_settings_of_swapping_are_read():
+    offload = {"device": "nvme", "nvme_path": "/nvme", "buffer_count": 6}
+    ds = {"zero_optimization": {"stage": 3, "offload_optimizer": offload}, "aio": {"block_size": 2**22}}
+    setting = ZeroSetting.read(ds, ranks=4, on_cpu=False)
+    assert (setting.offload_optimizer, setting.swap_buffers, setting.least_swapped_bytes) == (True, 6, 2**22)
+    offload["device"] = "cpu"
+    assert ZeroSetting.read(ds, ranks=4, on_cpu=False).swap_buffers == 0
 
 
 def test_settings_are_read_from_a_deepspeed_json():

@@ -1,5 +1,8 @@
 """A run that changes its number of ranks and its ZeRO stage in the middle."""
 
+import json
+from pathlib import Path
+
 import pytest
 from killing import pretraining
 from launching import DS_CONFIGS, losses, new_console
@@ -8,11 +11,19 @@ THIRD, STEPS = 6, 18
 SETTINGS = ("train.log_every_steps=1", "optim.warmup_steps=0", "optim.min_lr=0.01", "optim.base_lr=0.01")
 
 
+def in_pairs(folder: Path) -> Path:
+    """ZeRO-3 with a second copy of the parameters in each pair of ranks, as if a node had two."""
+    ds = json.loads((DS_CONFIGS / "zero3_hpz.json").read_text())
+    ds["zero_optimization"] |= {"zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 100}
+    file = folder / "hpz.json"
+    file.write_text(json.dumps(ds))
+    return file
+
+
 def test_two_ranks_then_one_then_four(motion_videos, tmp_path, one_rank, two_ranks):
-    """ZeRO-2 on 2 ranks, stage 0 on 1, ZeRO-3 on 4: the same samples in the same order, the same losses."""
-    stages = {
-        name: pretraining(motion_videos, STEPS, DS_CONFIGS / f"{name}.json") for name in ("zero2", "zero0", "zero3")
-    }
+    """ZeRO-2 on 2 ranks, stage 0 on 1, ZeRO-3 with hpZ on 4: the same samples in the same order, the same losses."""
+    files = {"zero3": in_pairs(tmp_path)} | {name: DS_CONFIGS / f"{name}.json" for name in ("zero2", "zero0")}
+    stages = {name: pretraining(motion_videos, STEPS, file) for name, file in files.items()}
     two_ranks.succeed(*stages["zero2"].command(tmp_path / "straight", *SETTINGS))
     moved = tmp_path / "moved"
     two_ranks.succeed(*stages["zero2"].command(moved, *SETTINGS, f"train.max_steps={THIRD}"))

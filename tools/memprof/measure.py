@@ -94,6 +94,7 @@ def compare(planned: Plan, per_rank: list[dict[str, Any]]) -> dict[str, Any]:
         "predicted_peak_bytes": planned.predicted_peak_bytes,
         "device": planned.device,
         "host": planned.host,
+        "nvme": planned.nvme,
         "config": planned.describe(),
         "measured_peak_bytes": measured["measured_peak_bytes"],
         "measured_by": measured["measured_by"],
@@ -101,7 +102,7 @@ def compare(planned: Plan, per_rank: list[dict[str, Any]]) -> dict[str, Any]:
         "residual_bytes": measured["measured_peak_bytes"] - comparable,
         "predicted_resident_bytes": planned.resident_peak_bytes if on_cpu else sum(planned.host.values()),
         "rss_growth_bytes": measured["rss_growth_bytes"],
-        "predicted_states_bytes": sum(i.size_bytes for i in planned.states if on_cpu or not i.host),
+        "predicted_states_bytes": _states_bytes(planned, on_cpu),
         "states_bytes": measured["states_bytes"],
         "predicted_sent_bytes": sent_bytes(planned),
         "sent_bytes": measured["sent_bytes"],
@@ -113,6 +114,11 @@ def compare(planned: Plan, per_rank: list[dict[str, Any]]) -> dict[str, Any]:
         "flops_convention": "2 per multiply-accumulate of matrix products; backward = 2 x forward; per rank",
         "per_rank": per_rank,
     }
+
+
+def _states_bytes(planned: Plan, on_cpu: bool) -> int:
+    """What a meter sees between steps: on a CPU the host's memory is the device's."""
+    return planned.states_bytes if on_cpu else sum(i.size_bytes for i in planned.states if i.place == "device")
 
 
 def comparison_table(result: dict[str, Any]) -> Table:

@@ -48,6 +48,7 @@ def as_json(planned: Plan) -> dict[str, object]:
         "predicted_peak_bytes": planned.predicted_peak_bytes,
         "device": planned.device,
         "host": planned.host,
+        "nvme": planned.nvme,
         "messages": [dataclasses.asdict(m) | {"sent_bytes": m.sent_bytes} for m in messages(planned)],
         "sent_bytes": sent_bytes(planned),
         "config": planned.describe(),
@@ -61,14 +62,15 @@ def items_table(planned: Plan) -> Table:
     table.add_column("where")
     table.add_column("bytes", justify="right")
     table.add_column("", justify="right")
-    for where, items in (("device", planned.device), ("host", planned.host)):
+    for where, items in (("device", planned.device), ("host", planned.host), ("nvme", planned.nvme)):
         for name, size_bytes in items.items():
             table.add_row(name, where, f"{size_bytes:,}", common.size(size_bytes))
     table.add_section()
     table.add_row("peak", "device", f"{planned.predicted_peak_bytes:,}", common.size(planned.predicted_peak_bytes))
-    if planned.host:
-        total = sum(planned.host.values())
-        table.add_row("held", "host", f"{total:,}", common.size(total))
+    for where, items in (("host", planned.host), ("nvme", planned.nvme)):
+        if items:
+            total = sum(items.values())
+            table.add_row("held", where, f"{total:,}", common.size(total))
     return table
 
 
@@ -91,6 +93,5 @@ def sources_table(planned: Plan) -> Table:
     for column in ("item", "where", "bytes", "formula", "source in DeepSpeed"):
         table.add_column(column, justify="right" if column == "bytes" else "left", overflow="fold")
     for item in planned.states:
-        where = "host" if item.host else "device"
-        table.add_row(item.name, where, f"{item.size_bytes:,}", item.formula, item.source)
+        table.add_row(item.name, item.place, f"{item.size_bytes:,}", item.formula, item.source)
     return table
