@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,9 +36,6 @@ from everest_ds.training.schedule import CosineSchedule, build_schedule
 from everest_ds.training.validation import Validation
 
 log = logging.getLogger(__name__)
-
-# The launcher reports the first rank that it sees ended: a rank that ended for another's sake lets that one be first.
-_CAUSE_FIRST_S = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,20 +109,11 @@ def run(job: Job) -> int:
     Raises:
         UserError: the optimizer can't be had, the checkpoint does not load, or too many videos can't be read.
     """
-    ranks.start()
-    try:
-        return _run(job)
-    except RuntimeError as error:
-        if not ranks.lost_contact(error):
-            raise
-        time.sleep(_CAUSE_FIRST_S)
-        raise ranks.LostRankError(f"rank {ranks.rank()} lost contact with another rank, which has ended") from error
-
-
-def _run(job: Job) -> int:
-    check_same_view(job)
-    with StopRequest() as stop:
-        return _train(job, stop)
+    with ranks.naming_the_lost():
+        ranks.start()
+        check_same_view(job)
+        with StopRequest() as stop:
+            return _train(job, stop)
 
 
 def check_same_view(job: Job) -> None:
