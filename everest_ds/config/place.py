@@ -36,6 +36,11 @@ def on_this_node() -> range:
     return range(first, first + local_world_size())
 
 
+def several_nodes() -> bool:
+    """Whether the run has ranks on other nodes."""
+    return len(on_this_node()) < world_size()
+
+
 def host() -> str:
     """This node's name."""
     return socket.gethostname()

@@ -21,7 +21,15 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from everest_ds.config.errors import UserError, shortened
-from everest_ds.config.place import host, local_rank, local_world_size, on_this_node, rank, world_size
+from everest_ds.config.place import (
+    host,
+    local_rank,
+    local_world_size,
+    on_this_node,
+    rank,
+    several_nodes,
+    world_size,
+)
 from everest_ds.training.ops import missing_compiler, own_ninja_first
 
 log = logging.getLogger(__name__)
@@ -102,9 +110,14 @@ def gather(value: Any) -> list[Any]:
     """Return every rank's value, in order of ranks: the hosts meet, no device is waited for."""
     if not dist.is_initialized():
         return [value]
-    found: list[Any] = [None] * dist.get_world_size()
+    found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, value, group=_control)
     return found
+
+
+def host_of(number: int) -> str:
+    """Return the name of the node that a rank is on."""
+    return _nodes[number][0]
 
 
 def free_port() -> int:
@@ -140,7 +153,7 @@ def _name_peer(text: str) -> str:
     there = [number for number, (_, address) in enumerate(_nodes) if peer and address == peer[1]]
     if not there or there[0] in on_this_node():
         return "another rank"
-    return f"{_nodes[there[0]][0]} (ranks {there[0]} to {there[-1]})"
+    return f"{host_of(there[0])} (rank{'s' if there[1:] else ''} {', '.join(map(str, there))})"
 
 
 def _choose_interface() -> str:
@@ -148,7 +161,7 @@ def _choose_interface() -> str:
 
     By itself it goes by the host's name, which often stands for the loopback interface.
     """
-    if len(on_this_node()) == world_size():
+    if not several_nodes():
         return ""
     address, interface = _way_to(os.environ["MASTER_ADDR"])
     named = os.environ.get("NCCL_SOCKET_IFNAME", "")
