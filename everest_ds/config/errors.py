@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import reprlib
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -23,10 +24,11 @@ class UserError(Exception):
     """A mistake that its message explains in one line: what is wrong, where, and what to do.
 
     Whatever outside files put into the message, it stays one line of printable characters and of some length.
-    ``exit_code``: what a command ends with.
+    ``exit_code``: what a command ends with; ``linger_s``: how long it waits before, having said why.
     """
 
     exit_code = EXIT_USER_ERROR
+    linger_s = 0.0
 
     def __init__(self, message: str = "") -> None:
         super().__init__(_one_line(message))
@@ -92,6 +94,7 @@ def one_line_errors(program: str) -> Iterator[None]:
         if place.local_rank() == 0 or isinstance(error, RankError):
             message = " ".join(str(error).split())
             print(f"{program}: error: {place.speaker()}{message}", file=sys.stderr, flush=True)
+        time.sleep(error.linger_s)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         raise SystemExit(_EXIT_INTERRUPTED) from None

@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,6 @@ log = logging.getLogger(__name__)
 _SHARED_MEMORY_OP = "deepspeed_shm_comm"
 # A rank may wait this long for another that saves, validates, or reads slow videos. One that died is known at once.
 _PATIENCE = datetime.timedelta(minutes=30)
-# The launcher reports the first rank that it sees ended: a rank that ended for another's sake lets that one be first.
-_CAUSE_FIRST_S = 3.0
 _LONGEST_REASON = 300
 # What gloo says of a rank that is gone, and of where it was.
 _LOST = ("onnection closed by peer", "onnection reset by peer", "onnection refused", "Broken pipe", "Timed out waiting")
@@ -52,6 +49,8 @@ class LostRankError(UserError):
     """Another rank of the run is gone: not a mistake, but nothing that a trace would explain."""
 
     exit_code = 1
+    # The launcher reports the first rank that it sees ended, and ends the others: let it be the one with a reason.
+    linger_s = 3.0
 
 
 def start() -> None:
@@ -90,7 +89,6 @@ def naming_the_lost() -> Iterator[None]:
     except RuntimeError as error:
         if not _lost_contact(error):
             raise
-        time.sleep(_CAUSE_FIRST_S)
         if not _nodes:
             reason = shortened(str(error), _LONGEST_REASON)
             raise LostRankError(f"found no way to the other ranks ({reason}); see docs/multi-node.md") from error

@@ -69,19 +69,20 @@ class Writers:
             )
 
     def check_source(self, source: RunDir | None) -> None:
-        """See whether all ranks have found the same run to continue, or none; a collective call.
+        """See whether all ranks have found a run to continue, those of a copy the same, or none; a collective call.
 
         Raises:
             UserError: some node has none, because it is new, or another.
         """
-        found = ranks.gather(None if source is None else str(source.path))
-        having = [rank for rank, path in enumerate(found) if path is not None]
-        lacking = [rank for rank, path in enumerate(found) if path is None]
+        found = ranks.gather((self.ranks.start, None if source is None else str(source.path)))
+        having = [rank for rank, (_, path) in enumerate(found) if path is not None]
+        lacking = [rank for rank, (_, path) in enumerate(found) if path is None]
         if having and lacking:
-            path, host = found[having[0]], ranks.host_of(having[0])
-            raise UserError(f"train.resume: no run to continue on {_hosts(lacking)}; copy {host}:{path} there")
-        if len(set(found)) > 1:
-            raise UserError(f"train.resume: ranks would continue different runs, {', '.join(sorted(set(found)))}")
+            there = f"{ranks.host_of(having[0])}:{found[having[0]][1]}"
+            raise UserError(f"train.resume: no run to continue on {_hosts(lacking)}; copy {there} there")
+        if len(set(found)) > len({leader for leader, _ in found}):
+            paths = sorted({path for _, path in found})
+            raise UserError(f"train.resume: ranks would continue different runs, {', '.join(paths)}")
 
     def held_by_all(self, names: list[str], folder: Path) -> list[str]:
         """Return those of a leader's checkpoints that every copy's leader has, in their order; a collective call.
