@@ -20,7 +20,7 @@ for task in 0 1; do
   SLURM_PROCID=$task SLURM_LOCALID=$task "$@" &
   tasks[$task]=$!
 done
-echo "${tasks[@]}" > TASKS
+echo "${tasks[@]}" > "$STARTED"
 wait "${tasks[1]}"
 wait "${tasks[0]}"
 """
@@ -32,14 +32,14 @@ def test_the_script_hands_the_signal_on_and_queues_the_job_again(motion_videos, 
     scripts = {
         "scontrol": f'echo "$@" > {called}',
         "scancel": f'[ "$*" = "--signal=TERM 123" ] && kill -TERM $(cat {tasks})',
-        "srun": SRUN.replace("TASKS", str(tasks)),
+        "srun": SRUN,
     }
     for name, line in scripts.items():
         script = tmp_path / name
         script.write_text(f"#!/bin/bash\n{line}\n")
         script.chmod(script.stat().st_mode | stat.S_IXUSR)
     paths = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
-    variables = {"PATH": paths, "PYTHON": sys.executable, "SLURM_JOB_ID": "123"}
+    variables = {"PATH": paths, "PYTHON": sys.executable, "SLURM_JOB_ID": "123", "STARTED": str(tasks)}
     run_dir = tmp_path / "run"
     command = pretraining(motion_videos, 100_000).command(run_dir, "train.save_every_steps=0")
     assert command[-3:-1] == ["--resume", "auto"]  # the script says it, too: the later one counts

@@ -1,97 +1,87 @@
-"""Two nodes of two ranks under each launcher, on shared storage and each on its own: one of them is lost, twice."""
+"""Two nodes of two ranks, under DeepSpeed's launcher and torch's: one of them is lost, and comes back or is new."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from killing import Case, assert_same_run, checkpoints, pretraining, steps_logged
+import pytest
+from killing import Case, assert_same_run, checkpoints, pretraining
 from launching import DS_CONFIGS, ROOT
-from two_nodes import Nodes, NodesConsole, OnNode, two_nodes
+from two_nodes import Nodes, NodesConsole, two_nodes
 
-STEPS = 15
-# A node that is lost ends the other's run within:
+STEPS = 12
+# A node that is lost ends the other's launcher within:
 LONGEST_END_S = 60
 
 
-def lose_the_second(running: list[OnNode], run_dir: Path, saved: int) -> None:
-    """Kill all of a node once a step has been saved."""
-    first, second = running
-    newest = f"step-{saved:08d}"
-    seen = first.wait_for(lambda: newest in checkpoints(run_dir))
-    assert seen, "".join(node.text()[-3000:] for node in running)
-    second.kill()
+@pytest.fixture
+def nodes() -> Iterator[Nodes]:
+    with two_nodes() as made:
+        yield made
 
 
-def assert_names_the_lost(nodes: Nodes, said: str) -> None:
-    first, second = nodes.nodes
-    lost = f"{second.host} (ranks 2, 3)" if nodes.apart else "another rank"
-    assert f"error: [rank 0 on {first.host}] lost contact with {lost}, which has ended\n" in said
-    assert 'run/pretrain.py", line' not in said  # the launcher's own trace is not ours to avoid
-
-
-def with_local_storage(case: Case, folder: Path) -> Case:
+def with_local_storage(case: Case, file: Path) -> Case:
     ds = json.loads((DS_CONFIGS / "zero2.json").read_text())
-    file = folder / "local.json"
     file.write_text(json.dumps(ds | {"checkpoint": {"use_node_local_storage": True}}))
     return replace(case, ds=file)
 
 
-def straight_and_lost(nodes: Nodes, case: Case, folders: list[Path], tmp_path: Path) -> None:
-    """A run that nothing happens to, and one whose storage both nodes share, until one of them is lost."""
-    console = NodesConsole(nodes, folders, tmp_path / "console")
+def lose_the_second(nodes: Nodes, command: list[str], folders: list[Path], run_dir: Path) -> None:
+    """Kill all of a node after a run's second checkpoint; the other says so and ends by itself."""
+    first, second = nodes.start("deepspeed", command, folders)
     try:
-        console.succeed(*case.command(tmp_path / "straight"))
-        place = console.begin(case.command(tmp_path / "shared"))
-        lose_the_second(console.running, tmp_path / "shared", 3)
-        console.running[0].wait_for(place.with_suffix(".code").exists, LONGEST_END_S)
-        assert place.with_suffix(".code").read_text() == "1"
-        assert_names_the_lost(nodes, place.with_suffix(".err").read_text())
+        saved = first.wait_for(lambda: "step-00000006" in checkpoints(run_dir))
+        assert saved, first.text()[-3000:] + second.text()[-3000:]
+        second.kill()
+        assert first.wait(LONGEST_END_S) == 1, first.text()[-3000:]
     finally:
-        for node in console.running:
-            node.kill()
+        first.kill()
+        second.kill()
+    here, there = nodes.nodes
+    lost = f"{there.host} (ranks 2, 3)" if nodes.apart else "another rank"
+    assert f"error: [rank 0 on {here.host}] lost contact with {lost}, which has ended\n" in first.text()
+    assert 'run/pretrain.py", line' not in first.text()  # the launcher's own trace is not ours to avoid
+    assert len(checkpoints(run_dir)) < STEPS // 3
 
 
-def lost_and_resumed(nodes: Nodes, command: list[str], folders: list[Path], run_dir: Path) -> None:
-    """On each node's own storage; ``run_dir`` is the first one's."""
-    running = nodes.start("deepspeed", command, folders)
-    try:
-        lose_the_second(running, run_dir, 9)
-        assert running[0].wait(LONGEST_END_S) == 1, running[0].text()[-3000:]
-        assert_names_the_lost(nodes, running[0].text())
-        running += nodes.start("torchrun", command, folders)
-        assert [node.wait() for node in running[2:]] == [0, 0], "".join(node.text()[-3000:] for node in running)
-    finally:
-        for node in running:
-            node.kill()
+def assert_each_holds_all(own: Path, others: Path) -> None:
+    """Checkpoints, written by the node's two ranks; what is of the run as a whole, rank 0 alone has written."""
+    assert checkpoints(own)[-1] == f"step-{STEPS:08d}"
+    for name in checkpoints(own):
+        here, there = (sorted((run_dir / "checkpoints" / name).iterdir()) for run_dir in (own, others))
+        assert [(file.name, file.read_bytes()) for file in here] == [(file.name, file.read_bytes()) for file in there]
+    parts = [f"part-0000{rank}-of-00002.safetensors" for rank in range(2)]
+    assert [file.name for file in here if file.name.startswith("part-")] == parts
+    assert not (others / "metrics.jsonl").exists()
+    assert not (others / "model.safetensors").exists()
 
 
-def test_a_lost_node_comes_back(motion_videos, tmp_path):
-    """The run ends like one that nothing happened to, to the last bit."""
+def test_a_lost_node(nodes, motion_videos, tmp_path):
+    """The run goes on, on each node's own storage or on what they share, and ends with a straight one's bits."""
     case = replace(pretraining(motion_videos, STEPS), script=str(ROOT / "run/pretrain.py"))
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder in folders:
         folder.mkdir()
     own, others = (folder / "run" for folder in folders)
-    with two_nodes() as nodes:
-        straight_and_lost(nodes, case, folders, tmp_path)
-        for run_dir in (own, others):
-            shutil.copytree(tmp_path / "shared", run_dir)
-        (others / "metrics.jsonl").unlink()
-        command = with_local_storage(case, tmp_path).command(Path("run"))
-        lost_and_resumed(nodes, command, folders, own)
-    assert_same_run(tmp_path / "straight", own)
-    assert steps_logged(own)[-1] == STEPS
-    # Each node holds all of it, written by its two ranks; what is of the run as a whole, rank 0 alone writes.
-    assert checkpoints(own)[-1] == f"step-{STEPS:08d}"
-    for name in checkpoints(own):
-        here, there = (sorted((run_dir / "checkpoints" / name).iterdir()) for run_dir in (own, others))
-        assert [(file.name, file.read_bytes()) for file in here] == [(file.name, file.read_bytes()) for file in there]
-    assert [file.name for file in here if file.name.startswith("part-")] == [
-        "part-00000-of-00002.safetensors",
-        "part-00001-of-00002.safetensors",
-    ]
-    assert not (others / "metrics.jsonl").exists()
-    assert not (others / "model.safetensors").exists()
+    command = with_local_storage(case, tmp_path / "local.json").command(Path("run"))
+    lose_the_second(nodes, command, folders, own)
+    shutil.copytree(own, tmp_path / "shared")
+    with contextlib.closing(NodesConsole(nodes, folders, tmp_path / "console")) as console:
+        for run_dir in (tmp_path / "straight", tmp_path / "shared"):
+            console.succeed(*case.command(run_dir))
+        console.succeed(*command)
+        assert_each_holds_all(own, others)
+        shutil.rmtree(others)
+        done = console.run(*command)
+    assert done.returncode == 2
+    host = nodes.nodes[1].host
+    told = f"train.resume: no run to continue on {host}; copy {nodes.nodes[0].host}:run there"
+    for rank, node in zip((0, 2), nodes.nodes, strict=True):
+        assert f"pretrain: error: [rank {rank} on {node.host}] {told}\n" in done.stderr
+    for run_dir in (tmp_path / "shared", own):
+        assert_same_run(tmp_path / "straight", run_dir)

@@ -63,23 +63,24 @@ class OnNode(Running):
     """A launcher on one node, in a folder of its own, with its whole family; to kill it is to lose the node."""
 
     def __init__(self, node: Node, command: list[str], folder: Path) -> None:
-        self.log = folder / "log.txt"
-        self.begin([*node.enter, sys.executable, *command], 2, self.log, folder, OMP_NUM_THREADS="1")
+        self.begin([*node.enter, sys.executable, *command], 2, folder / "log.txt", folder, OMP_NUM_THREADS="1")
 
 
 class NodesConsole(Console):
-    """Commands one after another on the ranks of both nodes, whose processes are ``running``."""
+    """Commands one after another on the ranks of both nodes, by torchrun."""
 
     def __init__(self, nodes: Nodes, folders: list[Path], folder: Path) -> None:
         super().__init__(4, folder)
         folder.mkdir()
         script = [str(ROOT / "tests/console.py"), str(folder), "0", str(os.getpid())]
-        self.running = nodes.start("torchrun", script, folders)
-        self._process = self.running[0].process
+        self._running = nodes.start("torchrun", script, folders)
+        self._process = self._running[0].process
 
-    def begin(self, command: list[str]) -> Path:
-        """Start a command; what its rank 0 leaves has this name, with .err and .code, in the end."""
-        return self._folder / f"{self._ask(command)}-rank-0"
+    def close(self) -> None:
+        """End the processes."""
+        super().close()
+        for node in self._running:
+            node.kill()
 
 
 @contextlib.contextmanager
