@@ -9,6 +9,7 @@ from everest_ds.config.command_line import parser_with_keys
 from everest_ds.config.errors import one_line_errors
 from everest_ds.config.finetuning import FinetuneRecipe
 from everest_ds.config.logs import set_up_logging
+from everest_ds.config.place import take_slurm_task
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -41,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Run; the exit code is 0 done, 2 user's mistake."""
     arguments = parse_arguments()
+    take_slurm_task()
     set_up_logging()
     with one_line_errors("evaluate"):
         # Libraries log to stdout, which is for the result.

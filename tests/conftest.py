@@ -25,6 +25,7 @@ SEVERAL_RANKS = (
     "tests/resilience/test_requests_to_stop",
     "tests/resilience/test_slurm_script",
     "tests/resilience/test_trouble",
+    "tests/resilience/test_two_nodes",
 )
 ORDER = ("tests/e2e", "tests/resilience", "tests/tools", "tests/memory", "tests/benchmarks")
 

@@ -124,6 +124,11 @@ def offloads_optimizer(ds: dict[str, Any]) -> bool:
     return section.get("device", "none") != "none"
 
 
+def node_local_storage(ds: dict[str, Any]) -> bool:
+    """Whether each node keeps checkpoints on storage of its own."""
+    return bool((ds.get("checkpoint") or {}).get("use_node_local_storage", False))
+
+
 def precision(ds: dict[str, Any]) -> str:
     """The type of parameters and activations: bf16, fp16 or fp32."""
     return next((name for name in ("bf16", "fp16") if ds.get(name, {}).get("enabled", False)), "fp32")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import os
 import reprlib
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
+
+from everest_ds.config import place
 
 EXIT_USER_ERROR = 2
 _EXIT_INTERRUPTED = 130
@@ -22,10 +24,11 @@ class UserError(Exception):
     """A mistake that its message explains in one line: what is wrong, where, and what to do.
 
     Whatever outside files put into the message, it stays one line of printable characters and of some length.
-    ``exit_code``: what a command ends with.
+    ``exit_code``: what a command ends with; ``linger_s``: how long it waits before, having said why.
     """
 
     exit_code = EXIT_USER_ERROR
+    linger_s = 0.0
 
     def __init__(self, message: str = "") -> None:
         super().__init__(_one_line(message))
@@ -82,16 +85,20 @@ def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.5) -> str:
 def one_line_errors(program: str) -> Iterator[None]:
     """Turn a :class:`UserError` into one line on stderr and its exit code, without a trace; Ctrl-C into 130.
 
-    Under a launcher every rank of a node meets the same mistake; the node's first rank alone reports it.
+    Under a launcher every rank of a node meets the same mistake; the node's first rank alone reports it. A trace, that
+    of a bug, comes after a line with the rank whose it is.
     """
     try:
         yield
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankError):
+        if place.local_rank() == 0 or isinstance(error, RankError):
             message = " ".join(str(error).split())
-            where = f"[rank {rank}] " if rank != "0" else ""
-            print(f"{program}: error: {where}{message}", file=sys.stderr, flush=True)
+            print(f"{program}: error: {place.speaker()}{message}", file=sys.stderr, flush=True)
+        time.sleep(error.linger_s)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         raise SystemExit(_EXIT_INTERRUPTED) from None
+    except Exception as error:
+        if speaker := place.speaker():
+            print(f"{program}: error: {speaker}{type(error).__name__}, as follows", file=sys.stderr, flush=True)
+        raise

@@ -1,4 +1,4 @@
-"""Saving a run, and finding the place to continue from: any number of ranks, any ZeRO stage."""
+"""Saving a run, and loading what was saved: any number of ranks, any ZeRO stage."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,17 @@ from torch import Tensor
 
 from everest_ds.config.ds_config import precision, zero_stage
 from everest_ds.config.errors import UserError
-from everest_ds.config.load import AnyRecipe, to_tree
-from everest_ds.config.schema import ModelConfig, Recipe
+from everest_ds.config.place import several_nodes
 from everest_ds.training import checkpoint_files as files
 from everest_ds.training import ranks
 from everest_ds.training.average import Average
 from everest_ds.training.run_dir import RunDir
+from everest_ds.training.storage import Writers
 from everest_ds.training.whole import MASTER, WholeState
 
 log = logging.getLogger(__name__)
 
 AVERAGE = "average"
-# Settings of a model that change nothing about its weights.
-_FREE_TO_CHANGE = ("attention", "checkpointing")
-# Settings that decide which samples a step number stands for.
-_ORDER_OF_SAMPLES = (("data", "train"), ("data", "clips_per_video"), ("train", "seed"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,68 +40,6 @@ class Resumed:
 
 
 FRESH = Resumed(step=0, counters={}, own={})
-
-
-def find_resume(recipe: Recipe) -> RunDir | None:
-    """Return the run directory to continue from, or None to start afresh.
-
-    Raises:
-        UserError: the output directory holds a run that would be overwritten, there is nothing to continue from, or
-            it is a run of another model.
-    """
-    output, resume = RunDir(Path(recipe.train.output_dir)), recipe.train.resume
-    source = output if resume == "auto" else RunDir(Path(resume))
-    # What was logged and not saved is no reason: a run that was killed early is started by the same command again.
-    saved = output.has_checkpoint() or output.weights.is_file()
-    if output.has_results() if resume == "off" else source != output and saved:
-        raise UserError(
-            f"train.output_dir: {output.path} already holds a run; continue it with --resume auto, or choose another "
-            "train.output_dir"
-        )
-    if resume == "auto" and output.has_results() and not output.has_checkpoint():
-        log.warning("train.resume: the run in %s was not saved: it starts from step 0", output.path)
-    if resume == "off" or (resume == "auto" and not output.has_checkpoint()):
-        return None
-    found = source.read_recipe(type(recipe))
-    if not source.has_checkpoint():
-        raise UserError(f"train.resume: {source.path} holds no checkpoint to continue from")
-    difference = _first_difference(found.model, recipe.model)
-    if difference:
-        raise UserError(f"train.resume: {source.path} is a run of another model ({difference})")
-    for group, key in _ORDER_OF_SAMPLES:
-        old, new = getattr(getattr(found, group), key), getattr(getattr(recipe, group), key)
-        if old != new:
-            log.warning("%s.%s was %s: samples and schedule do not continue where they stopped", group, key, old)
-    return source
-
-
-def keep_global_batch(recipe: AnyRecipe, source: RunDir | None) -> AnyRecipe:
-    """Return the recipe with the global batch of the run that it continues, where it says the micro-batch alone.
-
-    On other ranks the same micro-batch would make another global batch: the number of passes changes in its place,
-    and where that doesn't come out even, the micro-batch becomes smaller.
-    """
-    micro, world = recipe.train.micro_batch, ranks.world_size()
-    if source is None or recipe.train.global_batch is not None or micro is None:
-        return recipe
-    total = saved_batch(source)
-    if total <= 0 or total % world:
-        return recipe
-    views = recipe.data.clips_per_video
-    fitting = [size for size in range(views, micro + 1, views) if total // world % size == 0]
-    if not fitting:
-        return recipe
-    return replace(recipe, train=replace(recipe.train, global_batch=total, micro_batch=fitting[-1]))
-
-
-def saved_batch(source: RunDir) -> int:
-    """Return the global batch of a saved run, 0 where it isn't known."""
-    for folder in files.newest_first(source.checkpoints):
-        try:
-            return int(files.read_state(folder)["global_batch"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return 0
 
 
 class Checkpoints:
@@ -123,7 +57,7 @@ class Checkpoints:
         self, engine: Any, run_dir: RunDir, average: Average | None, *, ds_config: dict[str, Any], global_batch: int
     ) -> None:
         self._state, self._average, self._engine = WholeState(engine), average, engine
-        self._folder = run_dir.checkpoints
+        self._folder, self._writers = run_dir.checkpoints, Writers.of(ds_config)
         self._facts: dict[str, Any] = {
             "ranks": ranks.world_size(),
             "zero_stage": zero_stage(ds_config),
@@ -142,28 +76,28 @@ class Checkpoints:
         Returns:
             Why it could not be written; an empty string if it was.
         """
-        folder = files.unfinished(self._folder, step)
-        problem = _first(ranks.gather(_attempt(lambda: _make_empty(folder)) if ranks.is_main() else ""))
+        folder, writers = files.unfinished(self._folder, step), self._writers
+        problem = _first(ranks.gather(_attempt(lambda: _make_empty(folder)) if writers.leads else ""))
         if problem:
             return problem
-        name = files.part_name(ranks.rank(), ranks.world_size())
+        name = files.part_name(writers.index, len(writers.ranks))
         tensors = self._own_tensors()  # collective: before anything that one rank alone can fail at
         facts: dict[str, files.Facts] = {}
         problem = _attempt(lambda: facts.update({name: _write_part(folder / name, tensors)}))
         outcomes = ranks.gather((problem, facts, own))
-        problem = _first(outcome[0] for outcome in outcomes)
-        if not problem and ranks.is_main():
+        problem, sealed = _first([outcome[0] for outcome in outcomes]), ""
+        if not problem and writers.leads:
             state = self._describe(step, counters, [outcome[2] for outcome in outcomes])
-            parts = {name: of_part for outcome in outcomes for name, of_part in outcome[1].items()}
-            problem = _attempt(lambda: files.seal(self._folder, step, state, parts))
-        problem = _first(ranks.gather(problem))
-        if problem and ranks.is_main():
+            parts = {name: of_part for rank in writers.ranks for name, of_part in outcomes[rank][1].items()}
+            sealed = _attempt(lambda: files.seal(self._folder, step, state, parts))
+        problem = problem or _first(ranks.gather(sealed))
+        if problem and writers.leads:
             shutil.rmtree(folder, ignore_errors=True)
         return problem
 
     def thin_out(self, *, keep_last: int, keep_every: int) -> None:
-        """Delete old checkpoints, on rank 0."""
-        if ranks.is_main():
+        """Delete old checkpoints, on the first rank of those that write them."""
+        if self._writers.leads:
             _attempt(lambda: files.thin_out(self._folder, keep_last=keep_last, keep_every=keep_every))
 
     def load(self, source: RunDir) -> Resumed:
@@ -177,7 +111,7 @@ class Checkpoints:
             resumed = self._load(folder)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise UserError(f"train.resume: {folder} is not a checkpoint that a run wrote ({error!r})") from error
-        if ranks.is_main() and source.checkpoints == self._folder:
+        if self._writers.leads and source.checkpoints == self._folder:
             # Later ones are damaged, or of a way that was left by hand; they would be taken for this one's.
             _attempt(lambda: files.set_later_aside(self._folder, resumed.step))
         return resumed
@@ -201,14 +135,14 @@ class Checkpoints:
 
     def _own_tensors(self) -> dict[str, Tensor]:
         """Return the tensors that are this rank's to write, on the CPU; all ranks help to put each together."""
-        state = self._state
-        owners = _owners({name: state.shape(name).numel() for name in state.parameters}, ranks.world_size())
+        state, writers = self._state, self._writers
+        owners = _owners({name: state.shape(name).numel() for name in state.parameters}, len(writers.ranks))
         found = {}
         for kind, name, whole in state.tensors():
-            if owners[name] == ranks.rank():
+            if owners[name] == writers.index:
                 found[f"{kind}/{name}"] = whole.cpu().contiguous()
         if self._average is not None:
-            mine = {name: value for name, value in self._average.state.items() if owners[name] == ranks.rank()}
+            mine = {name: value for name, value in self._average.state.items() if owners[name] == writers.index}
             found |= {f"{AVERAGE}/{name}": value.cpu().contiguous() for name, value in mine.items()}
         return found
 
@@ -224,12 +158,13 @@ class Checkpoints:
         }
 
     def _newest_whole(self, checkpoints: Path) -> Path:
-        # Rank 0's list: another may see a file system a little later.
-        names = ranks.gather([folder.name for folder in files.newest_first(checkpoints)])[0]
+        # One rank's list of each copy: another may see a file system a little later.
+        writers = self._writers
+        names = writers.held_by_all([folder.name for folder in files.newest_first(checkpoints)], checkpoints)
         reasons = []
         for folder in (checkpoints / name for name in names):
             listed = files.names(folder)
-            mine = listed[ranks.rank() :: ranks.world_size()] if listed else None
+            mine = listed[writers.index :: len(writers.ranks)] if listed else None
             reason = _first(ranks.gather(files.damage(folder, mine)))
             if not reason:
                 return folder
@@ -306,8 +241,12 @@ def _attempt(work: Any) -> str:
     return ""
 
 
-def _first(problems: Any) -> str:
-    return next((problem for problem in problems if problem), "")
+def _first(problems: list[str]) -> str:
+    """Return the first of all ranks' problems, with its node where there are several; an empty string without any."""
+    rank = next((rank for rank, problem in enumerate(problems) if problem), None)
+    if rank is None:
+        return ""
+    return f"{ranks.host_of(rank)}: {problems[rank]}" if several_nodes() else problems[rank]
 
 
 def _open(folder: Path) -> dict[str, Path]:
@@ -333,11 +272,3 @@ def _own_share(by_rank: list[dict[str, float]]) -> dict[str, float]:
     if len(by_rank) == ranks.world_size():
         return by_rank[ranks.rank()]
     return {key: sum(own[key] for own in by_rank) / ranks.world_size() for key in by_rank[0]}
-
-
-def _first_difference(saved: ModelConfig, asked: ModelConfig) -> str:
-    old, new = to_tree(saved), to_tree(asked)
-    for key in old:
-        if key not in _FREE_TO_CHANGE and old[key] != new[key]:
-            return f"model.{key} is {old[key]} there and {new[key]} here"
-    return ""

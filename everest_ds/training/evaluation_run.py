@@ -39,15 +39,16 @@ def evaluate(request: Request) -> Outcome | None:
         UserError: anything in the request, the weights, the settings or the data that can't be.
     """
     task = TASKS["features" if request.features else "probe" if request.probe else "head"](request)
-    ranks.start()
-    try:
-        return task.run()
-    except torch.OutOfMemoryError as error:
-        test = task.subject.recipe.test
-        raise RankError(
-            f"test.micro_batch: {test.micro_batch} videos of {test.clips} x {test.crops} views at once don't fit into "
-            "the device's memory; lower it, or use --precision bf16"
-        ) from error
+    with ranks.naming_the_lost():
+        ranks.start()
+        try:
+            return task.run()
+        except torch.OutOfMemoryError as error:
+            test = task.subject.recipe.test
+            raise RankError(
+                f"test.micro_batch: {test.micro_batch} videos of {test.clips} x {test.crops} views at once don't fit "
+                "into the device's memory; lower it, or use --precision bf16"
+            ) from error
 
 
 class Videos:

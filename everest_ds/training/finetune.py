@@ -16,9 +16,9 @@ from everest_ds.data.dataset import ClipDataset
 from everest_ds.data.manifest import Entry, check_labels, count_classes, read_manifest
 from everest_ds.models import VideoClassifier
 from everest_ds.models.weights import Weights, load_encoder, read_weights
-from everest_ds.training.checkpoint import find_resume
 from everest_ds.training.engine import build_model
 from everest_ds.training.job import Job, run
+from everest_ds.training.resume import find_resume
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from everest_ds.models import MaskedAutoencoder, VideoClassifier
 from everest_ds.training import checkpoint_files, ranks
 from everest_ds.training.average import Average, build_average
 from everest_ds.training.bad_steps import BadSteps
-from everest_ds.training.checkpoint import FRESH, Checkpoints, Resumed, keep_global_batch, saved_batch
+from everest_ds.training.checkpoint import FRESH, Checkpoints, Resumed
 from everest_ds.training.engine import Built, initialise, resolve, searches_scale
 from everest_ds.training.export import export_weights
 from everest_ds.training.files import Lines
@@ -32,14 +31,13 @@ from everest_ds.training.loop import EXIT_RESTART_ME, Training, train
 from everest_ds.training.metrics import MetricsFile
 from everest_ds.training.objectives import objective_for
 from everest_ds.training.preemption import StopRequest
+from everest_ds.training.resume import keep_global_batch, saved_batch
 from everest_ds.training.run_dir import RunDir, environment
 from everest_ds.training.schedule import CosineSchedule, build_schedule
+from everest_ds.training.storage import Writers
 from everest_ds.training.validation import Validation
 
 log = logging.getLogger(__name__)
-
-# The launcher reports the first rank that it sees ended: a rank that ended for another's sake lets that one be first.
-_CAUSE_FIRST_S = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,20 +111,11 @@ def run(job: Job) -> int:
     Raises:
         UserError: the optimizer can't be had, the checkpoint does not load, or too many videos can't be read.
     """
-    ranks.start()
-    try:
-        return _run(job)
-    except RuntimeError as error:
-        if not ranks.lost_contact(error):
-            raise
-        time.sleep(_CAUSE_FIRST_S)
-        raise ranks.LostRankError(f"rank {ranks.rank()} lost contact with another rank, which has ended") from error
-
-
-def _run(job: Job) -> int:
-    check_same_view(job)
-    with StopRequest() as stop:
-        return _train(job, stop)
+    with ranks.naming_the_lost():
+        ranks.start()
+        check_same_view(job)
+        with StopRequest() as stop:
+            return _train(job, stop)
 
 
 def check_same_view(job: Job) -> None:
@@ -135,9 +124,11 @@ def check_same_view(job: Job) -> None:
     Raises:
         UserError: they differ, and would wait for each other for ever.
     """
-    source = None if job.source is None else str(job.source.path)
-    if len(set(ranks.gather((source, job.batches, job.schedule.total_steps)))) > 1:
-        raise UserError("train.output_dir: ranks find different files; it must be on storage that all nodes share")
+    writers = Writers.of(job.ds_config)
+    writers.check_storage(Path(job.recipe.train.output_dir))
+    writers.check_source(job.source)
+    if len(set(ranks.gather((job.batches, job.schedule.total_steps)))) > 1:
+        raise UserError("data.train: ranks find different videos or settings; give every node the same files")
 
 
 def _train(job: Job, stop: StopRequest) -> int:
@@ -197,7 +188,9 @@ def assemble(job: Job, built: Built, average: Average | None, checkpoints: Check
     """Put the loop's parts together."""
     recipe, batches, total, done = job.recipe, job.batches, job.schedule.total_steps, resumed.step
     run_dir = RunDir(Path(recipe.train.output_dir))
-    metrics, bad_steps = open_records(job, run_dir, built, done) if ranks.is_main() else (None, None)
+    metrics, bad_steps = open_records(job, run_dir, built, done)
+    if ranks.is_main():
+        announce(job, built, done)
     samples = step_sampler(recipe, batches, len(job.dataset), first_step=done, last_step=total)
     quarantine = Lines(run_dir.quarantine)
     job.dataset.set_aside(run_dir.set_aside())
@@ -226,20 +219,23 @@ def assemble(job: Job, built: Built, average: Average | None, checkpoints: Check
     )
 
 
-def open_records(job: Job, run_dir: RunDir, built: Built, done: int) -> tuple[MetricsFile, MetricsFile]:
-    """Write the run's facts, say what is about to run, and return metrics.jsonl and bad_steps.jsonl; on rank 0.
+def open_records(
+    job: Job, run_dir: RunDir, built: Built, done: int
+) -> tuple[MetricsFile, MetricsFile] | tuple[None, None]:
+    """Write the run's facts beside each copy of its checkpoints; on rank 0, return metrics.jsonl and bad_steps.jsonl.
 
     Raises:
         RankError: the folder can't be written to.
     """
     env = environment(get_accelerator().device_name(), device_name(), built.optimizer, job.batches.ranks)
     try:
-        run_dir.write_facts(job.recipe, job.ds_config, env, from_step=done)
-        files = tuple(MetricsFile(path, from_step=done) for path in (run_dir.metrics, run_dir.bad_steps))
+        if Writers.of(job.ds_config).leads:
+            run_dir.write_facts(job.recipe, job.ds_config, env, from_step=done)
+        if ranks.is_main():
+            return MetricsFile(run_dir.metrics, from_step=done), MetricsFile(run_dir.bad_steps, from_step=done)
     except OSError as error:
         raise RankError(f"train.output_dir: cannot write to {run_dir.path} ({error.strerror}); make room") from error
-    announce(job, built, done)
-    return files[0], files[1]
+    return None, None
 
 
 def build_validation(job: Job, built: Built, average: Average | None, done: int) -> Validation | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections import ChainMap
@@ -30,6 +31,8 @@ from everest_ds.training.preemption import StopRequest
 from everest_ds.training.schedule import CosineSchedule
 from everest_ds.training.validation import Validation
 from everest_ds.training.window import Window
+
+log = logging.getLogger(__name__)
 
 EXIT_BAD_NUMBERS = 3
 EXIT_RESTART_ME = 75
@@ -238,5 +241,4 @@ def save(run: Training, window: Window, *, at_the_end: bool = False) -> None:
     told = f"the state after step {run.step} could not be saved ({problem}); checkpoints before it are untouched"
     if at_the_end or run.config.on_save_error == "stop":
         raise UserError(f"train.output_dir: {told}; make room, and continue with --resume auto")
-    if ranks.is_main():
-        print(f"WARNING: {told}; the run goes on (train.on_save_error)", file=sys.stderr, flush=True)
+    log.warning("%s; the run goes on (train.on_save_error)", told)

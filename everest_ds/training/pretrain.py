@@ -9,9 +9,9 @@ from everest_ds.config.schema import Recipe
 from everest_ds.data.dataset import ClipDataset
 from everest_ds.data.manifest import read_manifest
 from everest_ds.models import MaskedAutoencoder
-from everest_ds.training.checkpoint import find_resume
 from everest_ds.training.engine import build_model
 from everest_ds.training.job import Job, run
+from everest_ds.training.resume import find_resume
 
 
 def pretrain(recipe: Recipe, raw_ds_config: dict[str, Any]) -> int:

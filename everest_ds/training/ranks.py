@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import datetime
 import logging
 import os
+import re
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from everest_ds.config.errors import UserError
+from everest_ds.config.errors import UserError, shortened
+from everest_ds.config.place import (
+    host,
+    local_rank,
+    local_world_size,
+    on_this_node,
+    rank,
+    several_nodes,
+    world_size,
+)
 from everest_ds.training.ops import missing_compiler, own_ninja_first
 
 log = logging.getLogger(__name__)
@@ -23,17 +36,21 @@ log = logging.getLogger(__name__)
 _SHARED_MEMORY_OP = "deepspeed_shm_comm"
 # A rank may wait this long for another that saves, validates, or reads slow videos. One that died is known at once.
 _PATIENCE = datetime.timedelta(minutes=30)
-_control: Any = None
-
-
-# What gloo says of a rank that is gone.
+_LONGEST_REASON = 300
+# What gloo says of a rank that is gone, and of where it was.
 _LOST = ("onnection closed by peer", "onnection reset by peer", "onnection refused", "Broken pipe", "Timed out waiting")
+_PEER = re.compile(r"\[([0-9a-fA-F.:]+)\]:\d+")
+
+_control: Any = None
+_nodes: list[tuple[str, str]] = []  # of each rank: its host and its address
 
 
 class LostRankError(UserError):
     """Another rank of the run is gone: not a mistake, but nothing that a trace would explain."""
 
     exit_code = 1
+    # The launcher reports the first rank that it sees ended, and ends the others: let it be the one with a reason.
+    linger_s = 3.0
 
 
 def start() -> None:
@@ -47,23 +64,35 @@ def start() -> None:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(free_port()))
     own_ninja_first()
+    address = _choose_interface()
     if on_cpu():
         _prepare_cpu_communication()
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     if on_cpu():
         _unlink_shared_memory()
-    # gloo would go by the host's name, which often stands for the loopback interface.
-    interface = os.environ.get("NCCL_SOCKET_IFNAME", "")
-    if interface.isalnum():  # a name, not a pattern
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     # Among the hosts, by gloo: for what they agree on between steps. On a GPU the other group's messages are its own.
     global _control  # noqa: PLW0603 - one process group per process, as torch has it
     _control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    _nodes[:] = gather((host(), address))
     atexit.register(dist.destroy_process_group)
     if not on_cpu():
         get_accelerator().set_device(local_rank())
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
+
+
+@contextlib.contextmanager
+def naming_the_lost() -> Iterator[None]:
+    """Turn what torch says when another rank is gone into a :class:`LostRankError`, which says where that was."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _lost_contact(error):
+            raise
+        if not _nodes:
+            reason = shortened(str(error), _LONGEST_REASON)
+            raise LostRankError(f"found no way to the other ranks ({reason}); see docs/multi-node.md") from error
+        raise LostRankError(f"lost contact with {_name_peer(str(error))}, which has ended") from error
 
 
 def any_rank(flag: bool) -> bool:
@@ -79,17 +108,14 @@ def gather(value: Any) -> list[Any]:
     """Return every rank's value, in order of ranks: the hosts meet, no device is waited for."""
     if not dist.is_initialized():
         return [value]
-    found: list[Any] = [None] * dist.get_world_size()
+    found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, value, group=_control)
     return found
 
 
-def lost_contact(error: BaseException) -> bool:
-    """Say whether an error means that another rank is gone."""
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        isinstance(error, dist.DistError) or any(sign in text for sign in _LOST)
-    )
+def host_of(number: int) -> str:
+    """Return the name of the node that a rank is on."""
+    return _nodes[number][0]
 
 
 def free_port() -> int:
@@ -109,29 +135,52 @@ def device() -> torch.device:
     return torch.device(get_accelerator().device_name(local_rank()) if not on_cpu() else "cpu")
 
 
-def rank() -> int:
-    """This process's rank, also before the group exists."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def local_rank() -> int:
-    """This process's rank on its node."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def world_size() -> int:
-    """Ranks of the run, also before the group exists."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def local_world_size() -> int:
-    """Ranks on this node."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
-
-
 def is_main() -> bool:
     """Whether this rank writes files and speaks."""
     return rank() == 0
+
+
+def _lost_contact(error: BaseException) -> bool:
+    text = str(error)
+    return isinstance(error, dist.DistError) or any(sign in text for sign in _LOST)
+
+
+def _name_peer(text: str) -> str:
+    """Name the ranks at the address that gloo's message shows; those of a node have the same."""
+    peer = _PEER.search(text)
+    there = [number for number, (_, address) in enumerate(_nodes) if peer and address == peer[1]]
+    if not there or there[0] in on_this_node():
+        return "another rank"
+    return f"{host_of(there[0])} (rank{'s' if there[1:] else ''} {', '.join(map(str, there))})"
+
+
+def _choose_interface() -> str:
+    """Let gloo use NCCL's interface, or the one that leads to rank 0's node. Returns this node's address there.
+
+    By itself it goes by the host's name, which often stands for the loopback interface.
+    """
+    if not several_nodes():
+        return ""
+    address, interface = _way_to(os.environ["MASTER_ADDR"])
+    named = os.environ.get("NCCL_SOCKET_IFNAME", "")
+    # NCCL takes patterns, too.
+    chosen = named if named in {name for _, name in socket.if_nameindex()} else interface
+    if chosen:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", chosen)
+    return address
+
+
+def _way_to(name: str) -> tuple[str, str]:
+    """Return this node's address and interface on the way to another one; empty strings where there is none."""
+    try:
+        family, kind, _, _, there = socket.getaddrinfo(name, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(there)  # sends nothing
+            own = str(probe.getsockname()[0])
+    except OSError:
+        return "", ""
+    found = psutil.net_if_addrs()
+    return own, next((name for name, addresses in found.items() if own in (a.address for a in addresses)), "")
 
 
 def _unlink_shared_memory() -> None:

@@ -65,10 +65,14 @@ class Running:
     def __init__(self, command: list[str], ranks: int, log: Path, **variables: str) -> None:
         start = launcher(ranks)
         self.port = start[-1]
+        self.begin([sys.executable, *start, *command], ranks, log, ROOT, **variables)
+
+    def begin(self, words: list[str], ranks: int, log: Path, folder: Path, **variables: str) -> None:
+        """Start a launcher of some ranks in a folder."""
         with log.open("ab") as out:
             self.process = subprocess.Popen(
-                [sys.executable, *start, *command],
-                cwd=ROOT,
+                words,
+                cwd=folder,
                 env=environment(ranks) | variables,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
