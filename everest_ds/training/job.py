@@ -30,16 +30,15 @@ from everest_ds.training.export import export_weights
 from everest_ds.training.files import Lines
 from everest_ds.training.loop import EXIT_RESTART_ME, Training, train
 from everest_ds.training.metrics import MetricsFile
+from everest_ds.training.micro_batch import fill_micro_batch
 from everest_ds.training.objectives import objective_for
+from everest_ds.training.out_of_memory import explained, is_out_of_memory
 from everest_ds.training.preemption import StopRequest
 from everest_ds.training.run_dir import RunDir, environment
 from everest_ds.training.schedule import CosineSchedule, build_schedule
 from everest_ds.training.validation import Validation
 
 log = logging.getLogger(__name__)
-
-# The launcher reports the first rank that it sees ended: a rank that ended for another's sake lets that one be first.
-_CAUSE_FIRST_S = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +76,7 @@ class Job:
         Raises:
             UserError: they don't go together, or the run directory can't be written.
         """
-        recipe = keep_global_batch(recipe, source)
+        recipe, chosen = fill_micro_batch(keep_global_batch(recipe, source), raw_ds_config, model)
         ds_config, batches = resolve(raw_ds_config, recipe, model)
         if precision(ds_config) == "fp16" and zero_stage(ds_config) == 0:
             raise UserError(
@@ -102,7 +101,7 @@ class Job:
             source=source,
             steps_per_epoch=steps_per_epoch,
             schedule=build_schedule(recipe.optim, batches.total, steps_per_epoch, total),
-            description=description,
+            description=description + chosen,
             validation=validation,
         )
 
@@ -111,16 +110,21 @@ def run(job: Job) -> int:
     """Train to the end on this rank and export the weights. Returns the exit code; a collective call.
 
     Raises:
-        UserError: the optimizer can't be had, the checkpoint does not load, or too many videos can't be read.
+        UserError: the optimizer can't be had, the checkpoint does not load, too many videos can't be read, or memory
+            does not suffice.
     """
     ranks.start()
     try:
-        return _run(job)
-    except RuntimeError as error:
-        if not ranks.lost_contact(error):
+        with ranks.explaining_loss():
+            return _run(job)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
-        time.sleep(_CAUSE_FIRST_S)
-        raise ranks.LostRankError(f"rank {ranks.rank()} lost contact with another rank, which has ended") from error
+    # Here, where what the trace held on to is gone.
+    line = explained(job.recipe, job.ds_config, job.batches)
+    if ranks.local_rank():
+        time.sleep(ranks.CAUSE_FIRST_S)  # ranks run out of memory together: the first one's line is enough
+    raise line
 
 
 def _run(job: Job) -> int:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import datetime
 import logging
 import os
 import socket
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ log = logging.getLogger(__name__)
 _SHARED_MEMORY_OP = "deepspeed_shm_comm"
 # A rank may wait this long for another that saves, validates, or reads slow videos. One that died is known at once.
 _PATIENCE = datetime.timedelta(minutes=30)
+# The launcher reports the first rank that it sees ended: a rank that ended for another's sake lets that one be first.
+CAUSE_FIRST_S = 3.0
 _control: Any = None
 
 
@@ -90,6 +95,22 @@ def lost_contact(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (
         isinstance(error, dist.DistError) or any(sign in text for sign in _LOST)
     )
+
+
+@contextlib.contextmanager
+def explaining_loss() -> Iterator[None]:
+    """Turn the error of a rank that waits for one that is gone into one line.
+
+    Raises:
+        LostRankError: another rank is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        time.sleep(CAUSE_FIRST_S)
+        raise LostRankError(f"rank {rank()} lost contact with another rank, which has ended") from error
 
 
 def free_port() -> int:
