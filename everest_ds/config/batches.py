@@ -1,4 +1,7 @@
-"""The batch equation: global batch = micro-batch x accumulation x ranks, from whichever of them are known."""
+"""The batch equation: global batch = micro-batch x accumulation x ranks, from whichever of them are known.
+
+Where the global batch alone is known, ``train.micro_batch=auto`` leaves the other two open: :func:`open_share`.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +35,14 @@ class Batches:
         """Solve the equation from the recipe and the DeepSpeed JSON.
 
         Raises:
-            UserError: recipe and JSON disagree, nothing is known, or the equation has no solution.
+            UserError: recipe and JSON disagree, nothing is known, the equation has no solution, or the micro-batch is
+                still to be chosen.
         """
+        micro = train.micro_batch
+        if isinstance(micro, str):
+            raise UserError("train.micro_batch: auto is chosen when training starts; give a number of clips here")
         total = _agree("train.global_batch", train.global_batch, GLOBAL, ds)
-        micro = _agree("train.micro_batch", train.micro_batch, MICRO, ds)
+        micro = _agree("train.micro_batch", micro, MICRO, ds)
         accumulation = _agree("", None, ACCUMULATION, ds)
         if total is None and micro is None:
             raise UserError("batch: set train.global_batch or train.micro_batch (clips)")
@@ -55,6 +62,40 @@ class Batches:
     def as_deepspeed(self) -> dict[str, int]:
         """The three numbers under DeepSpeed's names."""
         return {GLOBAL: self.total, MICRO: self.micro, ACCUMULATION: self.accumulation}
+
+
+def open_share(train: TrainConfig, ds: Mapping[str, Any], ranks: int, unit: int) -> int:
+    """Return a rank's clips per step, of which ``train.micro_batch=auto`` is to be a part.
+
+    Args:
+        train: the recipe's batches.
+        ds: the DeepSpeed JSON, "auto" values unfilled.
+        ranks: of the run.
+        unit: clips that stay together, ``data.clips_per_video``: the smallest micro-batch.
+
+    Raises:
+        UserError: the global batch isn't known, can't be shared out so, or the JSON leaves nothing open.
+    """
+    key = "train.micro_batch=auto"
+    total = _agree("train.global_batch", train.global_batch, GLOBAL, ds)
+    if total is None:
+        raise UserError(f"{key}: give train.global_batch (clips per step over all ranks), which it is to be a part of")
+    for name in (MICRO, ACCUMULATION):
+        if ds.get(name, AUTO) != AUTO:
+            raise UserError(f"{key}: ds_config {name} = {shown(ds[name])} leaves nothing to choose; use 'auto' there")
+    if total % (ranks * unit):
+        videos = f" x data.clips_per_video {unit}" if unit > 1 else ""
+        raise UserError(
+            f"{key}: global batch {total} is not a multiple of ranks {ranks}{videos} = {ranks * unit}; change "
+            "train.global_batch or the number of ranks"
+        )
+    return total // ranks
+
+
+def largest_divisor(number: int, at_most: int, multiple_of: int = 1) -> int:
+    """Return the largest divisor of a number up to a limit that is a multiple of another; 0 if there is none."""
+    highest = min(number, at_most) // multiple_of * multiple_of
+    return next((size for size in range(highest, 0, -multiple_of) if number % size == 0), 0)
 
 
 def _agree(recipe_key: str, recipe_value: int | None, ds_key: str, ds: Mapping[str, Any]) -> int | None:

@@ -27,6 +27,7 @@ LARGEST_WHOLE_NUMBER = 2**53
 # PATH_MAX: the longest text among the settings is a path.
 LONGEST_TEXT = 4096
 LONGEST_LIST = 100
+_KINDS: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
@@ -172,10 +173,7 @@ def _set(tree: dict[str, Any], key: str, value: Any, override: str) -> None:
 def _coerce(value: Any, hint: Any, key: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        (hint,) = (arg for arg in args if arg is not type(None))
-        return _coerce(value, hint, key)
+        return None if value is None else _coerce_alternative(value, args, key)
     if origin is typing.Literal:
         # YAML reads off, no and on as booleans; none of ours is meant as one.
         if isinstance(value, str) and value in args:
@@ -185,6 +183,18 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
     if origin is tuple:
         return tuple(_coerce(item, args[0], key) for item in _items_of(value, args, key))
     return _scalar(value, hint, key)
+
+
+def _coerce_alternative(value: Any, hints: tuple[Any, ...], key: str) -> Any:
+    """Read what may be of one type, null, or one of some words."""
+    words = [word for hint in hints for word in typing.get_args(hint)]
+    (kind,) = (hint for hint in hints if hint is not type(None) and not typing.get_args(hint))
+    if words and isinstance(value, str):
+        if value in words:
+            return value
+        wanted = f"{_KINDS[kind]} or {', '.join(words)}"
+        raise UserError(f"{key}: expected {wanted}, got {shown(value)}{nearest(value, words)}")
+    return _coerce(value, kind, key)
 
 
 def _items_of(value: Any, args: tuple[Any, ...], key: str) -> Sequence[Any]:
@@ -213,8 +223,7 @@ def _scalar(value: Any, kind: type, key: str) -> Any:
     if isinstance(value, float) and abs(value) > LARGEST_WHOLE_NUMBER:
         raise UserError(f"{key}: expected a number of at most {LARGEST_WHOLE_NUMBER}, got {value!r}")
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        raise UserError(f"{key}: expected {names[kind]}, got {shown(value)}")
+        raise UserError(f"{key}: expected {_KINDS[kind]}, got {shown(value)}")
     if isinstance(value, str):
         _check_text(value, key)
     return value

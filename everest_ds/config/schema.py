@@ -23,6 +23,8 @@ Sampling = Literal["dense", "segments"]
 Crop = Literal["multiscale", "resized"]
 AdamChoice = Literal["auto", "deepspeed", "apex", "torch"]
 OnSaveError = Literal["continue", "stop"]
+# A number of clips, or the largest that fits.
+MicroBatch = int | Literal["auto"] | None
 
 
 # Selectors that rank tokens by importance.
@@ -274,8 +276,16 @@ class TrainConfig:
     """Length, batches, and what is written when."""
 
     output_dir: str = setting("outputs/pretrain", "run directory: configuration, metrics, checkpoints")
-    micro_batch: int | None = setting(None, "clips per rank per pass; null: global_batch / ranks")
+    micro_batch: MicroBatch = setting(
+        None,
+        "clips per rank per pass; null: global_batch / ranks; auto: the largest part of that which memprof says fits",
+    )
     global_batch: int | None = setting(None, "clips per optimizer step over all ranks; null: micro_batch x ranks")
+    capacity: str | None = setting(
+        None,
+        "memory of a device that micro_batch=auto may fill: 80GiB, 80GB or a GPU such as A100-80; null: what is free "
+        "there less 5 %",
+    )
     epochs: int = setting(200, "passes over the manifest", source="paper, Table 7")
     max_steps: int | None = setting(None, "optimizer steps; overrides epochs (the schedule then spans these)")
     save_every_steps: int = setting(0, "steps between checkpoints; 0: at the end only")
@@ -296,7 +306,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for key in ("micro_batch", "global_batch", "epochs", "max_steps", "log_every_steps", "max_bad_steps"):
             value = getattr(self, key)
-            check(value is None or value > 0, f"train.{key}", f"must be positive, got {value}")
+            check(value in (None, "auto") or value > 0, f"train.{key}", f"must be positive, got {value}")
         for key in ("save_every_steps", "keep_last", "keep_every_steps", "seed", "max_minutes"):
             check(getattr(self, key) >= 0, f"train.{key}", f"must not be negative, got {getattr(self, key)}")
 

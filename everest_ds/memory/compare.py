@@ -121,11 +121,13 @@ def compare(question: Question, progress: Callable[[str], None] = lambda _: None
     return rows
 
 
-def plan_any_batch(recipe: Recipe, ds_config: Mapping[str, Any], *, ranks: int, accumulation: int = 1) -> Plan:
+def plan_any_batch(
+    recipe: Recipe, ds_config: Mapping[str, Any], *, ranks: int, accumulation: int = 1, device_type: str = "cuda"
+) -> Plan:
     """Plan a recipe at a micro-batch that stands for any; batch numbers in the recipe and the JSON are left out."""
     train = dataclasses.replace(recipe.train, micro_batch=1, global_batch=accumulation * ranks)
     ds = dict(ds_config) | dict.fromkeys((GLOBAL, MICRO, ACCUMULATION), AUTO)
-    return plan(dataclasses.replace(recipe, train=train), ds, ranks=ranks)
+    return plan(dataclasses.replace(recipe, train=train), ds, ranks=ranks, device_type=device_type)
 
 
 def check_known(name: str, values: Iterable[str], known: tuple[str, ...]) -> None:

@@ -65,6 +65,7 @@ def fit(
     capacity: Capacity,
     checkpointing: Iterable[str] | None = None,
     accumulation: int = 1,
+    device_type: str = "cuda",
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[FitRow]:
     """Find the largest micro-batch of every combination.
@@ -76,6 +77,7 @@ def fit(
         capacity: a device's memory.
         checkpointing: which modes; None: all that differ.
         accumulation: passes per optimizer step.
+        device_type: "cuda" or "cpu".
         progress: hears what is being planned.
     """
     modes = modes_of(recipe) if checkpointing is None else tuple(checkpointing)
@@ -90,7 +92,9 @@ def fit(
         macs = step_macs(changed.model)
         for name, ds_config in ds_configs.items():
             progress(f"{name_of(changed.model)}, {name}, checkpointing {mode}")
-            planned = plan_any_batch(changed, ds_config, ranks=ranks, accumulation=accumulation)
+            planned = plan_any_batch(
+                changed, ds_config, ranks=ranks, accumulation=accumulation, device_type=device_type
+            )
             rows.append(_row(planned, name, capacity, macs))
     return rows
 
@@ -132,7 +136,7 @@ def _row(planned: Plan, name: str, capacity: Capacity, macs: StepMacs) -> FitRow
         zero=setting.stage,
         offload=_offload(planned),
         checkpointing=model.checkpointing,
-        attention="fused" if use_fused_attention(model.attention, tokens=0, device_type="cuda") else "eager",
+        attention=_attention(planned),
         precision=setting.precision,
         max_micro_batch=largest,
         max_global_batch=largest * setting.accumulation * setting.ranks,
@@ -145,6 +149,13 @@ def _row(planned: Plan, name: str, capacity: Capacity, macs: StepMacs) -> FitRow
         upper_bound_clips_per_s=None if rate is None else round(rate / (FLOPS_PER_MAC * macs.total), 1),
         plan=planned,
     )
+
+
+def _attention(planned: Plan) -> str:
+    attention, device_type = planned.recipe.model.attention, planned.device_type
+    if device_type == "cpu":  # the faster for each stack of blocks
+        return attention
+    return "fused" if use_fused_attention(attention, tokens=0, device_type=device_type) else "eager"
 
 
 def _offload(planned: Plan) -> str:

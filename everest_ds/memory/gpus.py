@@ -91,8 +91,13 @@ class Capacity:
         return f"{self.text} ({both}{'' if self.gpu is None else ', data sheet'})"
 
 
-def parse_capacity(text: str) -> Capacity:
-    """Read "80GiB", "80GB", "81920MiB" or the name of a GPU ("A100-80", "rtx 4090").
+def gib(size_bytes: int) -> str:
+    """Bytes as messages show them."""
+    return f"{size_bytes / GIB:.2f} GiB"
+
+
+def parse_capacity(text: str, *, key: str = "capacity") -> Capacity:
+    """Read "80GiB", "80GB", "81920MiB" or the name of a GPU ("A100-80", "rtx 4090"); ``key`` is what was set to it.
 
     Raises:
         UserError: none of these, or not positive.
@@ -103,10 +108,10 @@ def parse_capacity(text: str) -> Capacity:
     match = _SIZE.fullmatch(text)
     unit = _UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None:
-        raise UserError(f"capacity: '{text}' is neither a size such as 80GiB or 80GB nor a known GPU{gpu_hint(text)}")
+        raise UserError(f"{key}: '{text}' is neither a size such as 80GiB or 80GB nor a known GPU{gpu_hint(text)}")
     size = float(match[1]) * unit
     if not 1 <= size < math.inf:
-        raise UserError(f"capacity: must be positive, got '{text}'")
+        raise UserError(f"{key}: must be positive, got '{text}'")
     return Capacity(size_bytes=int(size), text=text.strip())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import re
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,25 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB
     return torch.get_device_module(device).max_memory_allocated(device)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that this process could take now: of its device, or on a CPU of the machine and its control group.
+
+    Nothing of it is shared out among ranks that compute on the same CPU.
+    """
+    if device.type == "cpu":
+        return min((psutil.virtual_memory().available, *_left_in_control_groups()))
+    module: Any = torch.get_device_module(device)
+    free, _ = module.mem_get_info(device)
+    return int(free) + int(module.memory_reserved(device) - module.memory_allocated(device))
+
+
+def resident_bytes() -> int:
+    """The process's resident set (RSS) now, without what it only keeps for later."""
+    gc.collect()
+    return_free_memory()
+    return int(psutil.Process().memory_info().rss)
 
 
 class StorageMeter:
@@ -71,9 +91,7 @@ class ResidentMeter:
     """
 
     def __init__(self) -> None:
-        gc.collect()
-        return_free_memory()
-        self.start_bytes = psutil.Process().memory_info().rss
+        self.start_bytes = resident_bytes()
         self.forget_peak()
 
     def forget_peak(self) -> None:
@@ -141,6 +159,18 @@ def allocator_snapshot(device: torch.device, path: Path | None) -> Iterator[None
     finally:
         torch.cuda.memory._dump_snapshot(str(path))
         torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def _left_in_control_groups(root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """Yield what each limit of cgroup v2 on this process leaves; file cache, which makes way, isn't counted as used."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        own = root / next(line for line in lines if line.startswith("0::")).removeprefix("0::/")
+        for group in (own, *own.parents[: len(own.relative_to(root).parts)]):
+            with contextlib.suppress(OSError, ValueError):  # the root has no limit, and "max" is none
+                limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+                cached = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+                yield limit - used + (int(cached[1]) if cached else 0)
 
 
 def _proc_status() -> list[str]:

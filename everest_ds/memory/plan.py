@@ -113,6 +113,10 @@ class Plan:
         tensors = max(curve.peak(micro_batch, self.overheads.granule_bytes) for curve in curves)
         return tensors + sum(self.overheads.items(self.setting.ranks).values())
 
+    def needed_bytes(self, micro_batch: int) -> int:
+        """What must fit a device at another micro-batch: its peak, and on a CPU, one memory, the host's share too."""
+        return self.peak(micro_batch) + (sum(self.host.values()) if self.device_type == "cpu" else 0)
+
     def peaks(self, micro_batches: Iterable[int]) -> dict[int, int]:
         """The device's peak at each of many micro-batches."""
         return {batch: self.peak(batch) for batch in micro_batches}
@@ -126,15 +130,15 @@ class Plan:
         return dict(sorted(items.items(), key=lambda i: -i[1])) | self.overheads.items(self.setting.ranks)
 
     def largest_micro_batch(self, capacity_bytes: int) -> int:
-        """The largest micro-batch whose peak fits; 0 if not even one clip does."""
-        if self.peak(2) > capacity_bytes:
-            return int(self.peak(1) <= capacity_bytes)
+        """The largest micro-batch that fits; 0 if not even one clip does."""
+        if self.needed_bytes(2) > capacity_bytes:
+            return int(self.needed_bytes(1) <= capacity_bytes)
         low, high = 2, 4
-        while high < _LARGEST_BATCH and self.peak(high) <= capacity_bytes:
+        while high < _LARGEST_BATCH and self.needed_bytes(high) <= capacity_bytes:
             low, high = high, 2 * high
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self.peak(middle) <= capacity_bytes else (low, middle)
+            low, high = (middle, high) if self.needed_bytes(middle) <= capacity_bytes else (low, middle)
         return low
 
     @property

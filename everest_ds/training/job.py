@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,9 @@ from everest_ds.training.export import export_weights
 from everest_ds.training.files import Lines
 from everest_ds.training.loop import EXIT_RESTART_ME, Training, train
 from everest_ds.training.metrics import MetricsFile
+from everest_ds.training.micro_batch import fill_micro_batch
 from everest_ds.training.objectives import objective_for
+from everest_ds.training.out_of_memory import explained, is_out_of_memory
 from everest_ds.training.preemption import StopRequest
 from everest_ds.training.resume import keep_global_batch, saved_batch
 from everest_ds.training.run_dir import RunDir, environment
@@ -75,7 +78,7 @@ class Job:
         Raises:
             UserError: they don't go together, or the run directory can't be written.
         """
-        recipe = keep_global_batch(recipe, source)
+        recipe, chosen = fill_micro_batch(keep_global_batch(recipe, source), raw_ds_config, model)
         ds_config, batches = resolve(raw_ds_config, recipe, model)
         if precision(ds_config) == "fp16" and zero_stage(ds_config) == 0:
             raise UserError(
@@ -100,7 +103,7 @@ class Job:
             source=source,
             steps_per_epoch=steps_per_epoch,
             schedule=build_schedule(recipe.optim, batches.total, steps_per_epoch, total),
-            description=description,
+            description=description + chosen,
             validation=validation,
         )
 
@@ -109,13 +112,23 @@ def run(job: Job) -> int:
     """Train to the end on this rank and export the weights. Returns the exit code; a collective call.
 
     Raises:
-        UserError: the optimizer can't be had, the checkpoint does not load, or too many videos can't be read.
+        UserError: the optimizer can't be had, the checkpoint does not load, too many videos can't be read, or memory
+            does not suffice.
     """
-    with ranks.naming_the_lost():
-        ranks.start()
-        check_same_view(job)
-        with StopRequest() as stop:
-            return _train(job, stop)
+    try:
+        with ranks.naming_the_lost():
+            ranks.start()
+            check_same_view(job)
+            with StopRequest() as stop:
+                return _train(job, stop)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    # Here, where what the trace held on to is gone.
+    line = explained(job.recipe, job.ds_config, job.batches)
+    if ranks.local_rank():
+        time.sleep(ranks.LostRankError.linger_s)  # ranks run out of memory together: the first one's line is enough
+    raise line
 
 
 def check_same_view(job: Job) -> None:

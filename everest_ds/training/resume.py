@@ -6,6 +6,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+from everest_ds.config.batches import largest_divisor
 from everest_ds.config.errors import UserError
 from everest_ds.config.load import AnyRecipe, to_tree
 from everest_ds.config.schema import ModelConfig, Recipe
@@ -58,19 +59,17 @@ def keep_global_batch(recipe: AnyRecipe, source: RunDir | None) -> AnyRecipe:
     """Return the recipe with the global batch of the run that it continues, where it says the micro-batch alone.
 
     On other ranks the same micro-batch would make another global batch: the number of passes changes in its place,
-    and where that doesn't come out even, the micro-batch becomes smaller.
+    and where that doesn't come out even, the micro-batch becomes smaller. One that is "auto" is chosen for it later.
     """
     micro, world = recipe.train.micro_batch, ranks.world_size()
     if source is None or recipe.train.global_batch is not None or micro is None:
         return recipe
     total = saved_batch(source)
-    if total <= 0 or total % world:
+    if isinstance(micro, int):
+        micro = 0 if total % world else largest_divisor(total // world, micro, recipe.data.clips_per_video)
+    if total <= 0 or not micro:
         return recipe
-    views = recipe.data.clips_per_video
-    fitting = [size for size in range(views, micro + 1, views) if total // world % size == 0]
-    if not fitting:
-        return recipe
-    return replace(recipe, train=replace(recipe.train, global_batch=total, micro_batch=fitting[-1]))
+    return replace(recipe, train=replace(recipe.train, global_batch=total, micro_batch=micro))
 
 
 def saved_batch(source: RunDir) -> int:

@@ -1,4 +1,7 @@
-"""``memprof fit``: the largest micro-batch per ZeRO stage and checkpointing mode, and which is fastest."""
+"""``memprof fit``: the largest micro-batch per ZeRO stage and checkpointing mode, and which is fastest.
+
+With ``--global-batch`` and ``--world-sizes``: how each number of ranks makes that batch (tools/memprof/elastic.py).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from everest_ds.memory.compare import CHECKPOINTING
 from everest_ds.memory.fit import FitRow, fastest, fit, suggested_ds_config
 from everest_ds.memory.gpus import Capacity, parse_capacity
 from everest_ds.memory.plan import name_of
-from tools.memprof import asking, common
+from tools.memprof import asking, common, elastic
 
 _GIGA = 10**9
 _SHIPPED = "0,1,2,3,zero2_offload,zero3_offload"
@@ -24,8 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this subcommand's flags."""
     common.add_model_arguments(parser)
     parser.add_argument("--world-size", type=int, default=8, help="ranks (default 8)")
-    parser.add_argument("--accumulation", type=int, default=1, help="passes per optimizer step (default 1)")
+    parser.add_argument("--accumulation", type=int, help="passes per optimizer step (default 1)")
+    parser.add_argument(
+        "--global-batch",
+        type=int,
+        help="clips per optimizer step: show how ranks make it, as train.micro_batch=auto does",
+    )
+    parser.add_argument("--world-sizes", help="with --global-batch: numbers of ranks, such as 1,8,64")
     parser.add_argument("--capacity", default="80GB", help="a device's memory: 80GiB, 80GB or a GPU such as A100-80")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="what ranks compute on")
     parser.add_argument("--ds_config", nargs="+", metavar="JSON", help="DeepSpeed files (default: the shipped ones)")
     parser.add_argument(
         "--checkpointing", help=f"modes to try, of {','.join(CHECKPOINTING)} (default: all that differ)"
@@ -43,6 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Search, print, and write the suggestion."""
     if arguments.write and Path(arguments.write).exists() and not arguments.force:
         raise UserError(f"--write {arguments.write}: exists already; give another path, or --force to replace it")
+    if arguments.global_batch is not None or arguments.world_sizes is not None:
+        return elastic.run(arguments, asking.ds_configs(arguments.ds_config or asking.words(_SHIPPED)))
     recipe = common.recipe_of_model(arguments, *arguments.overrides)
     capacity = parse_capacity(arguments.capacity)
     files = asking.ds_configs(arguments.ds_config or asking.words(_SHIPPED))
@@ -53,7 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
             ranks=arguments.world_size,
             capacity=capacity,
             checkpointing=None if arguments.checkpointing is None else asking.words(arguments.checkpointing),
-            accumulation=arguments.accumulation,
+            accumulation=1 if arguments.accumulation is None else arguments.accumulation,
+            device_type=arguments.device,
             progress=progress,
         )
     best = fastest(rows, least_micro_batch=arguments.least_micro_batch)
