@@ -10,7 +10,6 @@ import os
 import re
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -29,7 +28,7 @@ from everest_ds.config.place import (
     several_nodes,
     world_size,
 )
-from everest_ds.training.ops import missing_compiler, own_ninja_first
+from everest_ds.training.ops import own_ninja_first
 
 log = logging.getLogger(__name__)
 
@@ -66,10 +65,10 @@ def start() -> None:
     own_ninja_first()
     address = _choose_interface()
     if on_cpu():
-        _prepare_cpu_communication()
+        # Built and started on every CPU, 66 MiB a rank that a killed one leaves behind, and used in inference alone:
+        # training sums through gloo (DeepSpeed comm/torch.py).
+        deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_OP] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    if on_cpu():
-        _unlink_shared_memory()
     # Among the hosts, by gloo: for what they agree on between steps. On a GPU the other group's messages are its own.
     global _control  # noqa: PLW0603 - one process group per process, as torch has it
     _control = dist.new_group(backend="gloo", timeout=_PATIENCE)
@@ -181,30 +180,3 @@ def _way_to(name: str) -> tuple[str, str]:
         return "", ""
     found = psutil.net_if_addrs()
     return own, next((name for name, addresses in found.items() if own in (a.address for a in addresses)), "")
-
-
-def _unlink_shared_memory() -> None:
-    """Take the names of DeepSpeed's shared memory away, now that every rank has mapped it.
-
-    A killed rank would leave 66 MiB of /dev/shm behind, and the next run on the same port could begin with the flags
-    that the last one left in it.
-    """
-    dist.barrier()
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{rank()}"
-    Path("/dev/shm", name).unlink(missing_ok=True)
-
-
-def _prepare_cpu_communication() -> None:
-    """Leave all-reduce to gloo where DeepSpeed's own, by shared memory, is slow or can't be had.
-
-    Its ranks wait for each other by spinning: more ranks than cores take the cores from those that they wait for.
-    Without a compiler, building it would end in a page of trace.
-    """
-    if local_world_size() > len(os.sched_getaffinity(0)):
-        deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_OP] = False
-        return
-    missing = missing_compiler()
-    if missing:
-        deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_OP] = False
-        if is_main():
-            log.warning("DeepSpeed's shared-memory all-reduce is off, gloo is used: %s", missing)

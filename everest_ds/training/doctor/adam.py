@@ -5,7 +5,7 @@ from __future__ import annotations
 from deepspeed.accelerator import get_accelerator
 
 from everest_ds.config.errors import UserError
-from everest_ds.training import ops, ranks
+from everest_ds.training import ops
 from everest_ds.training.doctor.findings import Finding, Level
 from everest_ds.training.optim import ADAMS, choose_adam, which_apex
 
@@ -14,8 +14,7 @@ _BUILD = "about 90 s"  # an Adam, on two cores; the other ops take less
 
 def every_run() -> list[Finding]:
     """Look at the ops of a run without offload."""
-    shared = [_op("ShareMemCommBuilder", "shared-memory all-reduce")] if ranks.on_cpu() else []
-    return [_op(ADAMS["deepspeed"].op, "FusedAdam"), *shared, _adam("Adam (auto)", offload=False)]
+    return [_op(ADAMS["deepspeed"].op, "FusedAdam"), _adam("Adam (auto)", offload=False)]
 
 
 def offload() -> list[Finding]:
