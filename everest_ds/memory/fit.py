@@ -18,9 +18,7 @@ from everest_ds.memory.gpus import Capacity
 from everest_ds.memory.plan import Plan, name_of
 from everest_ds.models.backbone import use_fused_attention
 
-# Elements that a rank sends per parameter and step, relative to plain data parallelism: reduce-scatter and all-gather
-# of ZeRO-1 and 2 cost what an all-reduce costs, ZeRO-3 gathers once more (Rajbhandari et al. 2020, section 7).
-_TRAFFIC = {0: 1.0, 1: 1.0, 2: 1.0, 3: 1.5}
+_GATHERS = 3  # the ZeRO stage that gathers parameters in every pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +97,11 @@ def fit(
     return rows
 
 
+def at_capacity(rows: Iterable[FitRow], capacity: Capacity) -> list[FitRow]:
+    """The same combinations at another memory, without planning again."""
+    return [_row(row.plan, row.ds_config, capacity, step_macs(row.plan.recipe.model)) for row in rows]
+
+
 def modes_of(recipe: Recipe) -> tuple[str, ...]:
     """The checkpointing modes that differ: a classifier has no decoder."""
     return ("none", "encoder") if isinstance(recipe, FinetuneRecipe) else CHECKPOINTING
@@ -107,15 +110,16 @@ def modes_of(recipe: Recipe) -> tuple[str, ...]:
 def fastest(rows: Iterable[FitRow], *, least_micro_batch: int = 1) -> FitRow | None:
     """The row with the least arithmetic per clip among those that fit ``least_micro_batch``; None if none does.
 
-    Between equals: no offload before offload (the host's memory and its CPU Adam are slower), then less
-    communication, then the larger micro-batch.
+    Between equals: no offload before offload (the host's memory and its CPU Adam are slower), then without ZeRO-3's
+    gathering in every pass (what stages 1 and 2 send more than stage 0 they save in Adam's work, within a node), then
+    the larger micro-batch.
     """
     able = [row for row in rows if row.max_micro_batch >= least_micro_batch]
     return min(able, key=_cost, default=None)
 
 
 def _cost(row: FitRow) -> tuple[float, ...]:
-    return row.step_macs, row.offload != "none", _TRAFFIC[row.zero], -row.max_micro_batch, row.zero
+    return row.step_macs, row.offload != "none", row.zero == _GATHERS, -row.max_micro_batch, row.zero
 
 
 def suggested_ds_config(ds_config: Mapping[str, Any], row: FitRow) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Memory and speed, planned and measured: ``python tools/memprof plan|fit|compare|paper|scaling|measure ...``."""
+"""Memory and speed, planned and measured: ``python tools/memprof plan|fit|compare|paper|nodes|scaling|measure ...``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ COMMANDS = {
     "fit": ("tools.memprof.fit", "the largest micro-batch per ZeRO stage and checkpointing mode, and the fastest"),
     "compare": ("tools.memprof.compare", "models, methods, batch sizes and ZeRO stages side by side; --report"),
     "paper": ("tools.memprof.paper", "every published GFLOP and memory figure beside ours"),
+    "nodes": ("tools.memprof.nodes", "what fit chooses for large models on GPUs of several sizes"),
     "scaling": ("tools.memprof.scaling", "a model of many GPUs: memory, bytes sent, where the network is too slow"),
     "measure": ("tools.memprof.measure", "really run steps: predicted beside measured beside residual"),
 }

@@ -20,7 +20,7 @@ from everest_ds.memory.plan import name_of
 from tools.memprof import asking, common, elastic
 
 _GIGA = 10**9
-_SHIPPED = "0,1,2,3,zero2_offload,zero3_offload"
+SHIPPED = "0,1,2,3,zero2_offload,zero3_offload"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,10 +54,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.write and Path(arguments.write).exists() and not arguments.force:
         raise UserError(f"--write {arguments.write}: exists already; give another path, or --force to replace it")
     if arguments.global_batch is not None or arguments.world_sizes is not None:
-        return elastic.run(arguments, asking.ds_configs(arguments.ds_config or asking.words(_SHIPPED)))
+        return elastic.run(arguments, asking.ds_configs(arguments.ds_config or asking.words(SHIPPED)))
     recipe = common.recipe_of_model(arguments, *arguments.overrides)
     capacity = parse_capacity(arguments.capacity)
-    files = asking.ds_configs(arguments.ds_config or asking.words(_SHIPPED))
+    files = asking.ds_configs(arguments.ds_config or asking.words(SHIPPED))
     with asking.progress("planning") as progress:
         rows = fit(
             recipe,
@@ -158,6 +158,6 @@ def _verdict(best: FitRow | None, capacity: Capacity) -> str:
     note = f"; {capacity.text} has no {best.precision}: enable fp16 in the DeepSpeed JSON, it takes the same memory"
     return (
         f"fastest by arithmetic: {best.ds_config}, checkpointing {best.checkpointing}, micro-batch "
-        f"{best.max_micro_batch} (ties: no offload, then less communication, then the larger batch)"
+        f"{best.max_micro_batch} (ties: no offload, then without ZeRO-3's gathering, then the larger batch)"
         f"{note if lacks else ''}"
     )
