@@ -27,7 +27,7 @@ def test_overrides_reach_their_fields():
 
 
 def test_a_dump_reads_back_unchanged(tmp_path):
-    recipe = load_recipe(None, ["model.size=vit_giant", "train.resume=off", "optim.base_lr=1.25e-05"])
+    recipe = load_recipe(None, ["model.size=vit_giant", "train.micro_batch=auto", "optim.base_lr=1.25e-05"])
     file = tmp_path / "config.yaml"
     file.write_text(dump(recipe))
     assert load_recipe(file) == recipe
@@ -54,6 +54,9 @@ def test_sizes_fill_what_is_null():
         ("model.method=videomea", "did you mean 'videomae'"),
         ("model.frames=many", "model.frames: expected a whole number, got 'many'"),
         ("model.frames=16.5", "expected a whole number"),
+        ("train.micro_batch=atuo", "expected a whole number or auto, got 'atuo'; did you mean 'auto'?"),
+        ("train.micro_batch=2.5", "train.micro_batch: expected a whole number, got 2.5"),
+        ("train.micro_batch=0", "train.micro_batch: must be positive, got 0"),
         ("data.flip=3", "expected true or false"),
         ("optim.betas=[0.9]", "a list of 2 numbers"),
         ("optim.base_lr=fast", "expected a number"),

@@ -91,6 +91,11 @@ def test_mistakes_that_need_a_manifest(pretrain, motion_videos, tmp_path):
     assert_one_line(pretrain(*good, ds=lamb), "AdamWW")
     zero3 = DS_CONFIGS / "zero3.json"
     assert_one_line(pretrain(*good, "train.compile=true", ds=zero3), "train.compile: under ZeRO-3 every step")
+    auto = (*good, "train.micro_batch=auto")
+    assert_one_line(pretrain(*auto, "train.global_batch=null"), "train.micro_batch=auto: give train.global_batch")
+    assert_one_line(pretrain(*auto, "train.capacity=A100"), "train.capacity: 'A100' is neither a size")
+    assert_one_line(pretrain(*auto, ds=refused), "DeepSpeed refuses it")
+    assert_one_line(pretrain(*auto, "train.capacity=9MiB"), "even one clip does not fit")
 
 
 def test_a_batch_that_the_ranks_cannot_share(motion_videos, tmp_path):
@@ -148,6 +153,7 @@ def test_mistakes_in_finetuning(finetune, motion_videos, tmp_path):
     refused("no such file", "--from", tmp_path / "nothing.safetensors")
     refused("whole parameters to average under ZeRO-3", "train.ema_decay=0.9", ds=DS_CONFIGS / "zero3.json")
     refused("ranks tokens without noise: rero or least", "model.selector=tube")
+    refused("fit --phase finetune --classes 8 --model vit_micro", "train.micro_batch=auto", "train.capacity=9MiB")
 
     other = VideoClassifier(ClassifierConfig(size="vit_micro", image_size=48, classes=5))
     weights = tmp_path / "other.safetensors"

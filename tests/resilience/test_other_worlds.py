@@ -44,3 +44,15 @@ def test_the_global_batch_stays_where_the_micro_batch_is_what_was_said(motion_vi
     two_ranks.succeed(*case.command(tmp_path / "run", *said, "train.micro_batch=3"))
     done = one_rank.succeed(*case.command(tmp_path / "run", *said, "train.max_steps=4", "train.micro_batch=4"))
     assert "global batch 6 = micro-batch 3 x accumulation 2 x ranks 1; steps 2 to 4" in done.stderr
+
+
+def test_an_automatic_micro_batch_goes_along(motion_videos, tmp_path, one_rank, two_ranks):
+    """Each number of ranks has its own, and the global batch is the run's, said again or not."""
+    case = pretraining(motion_videos, 2)
+    said = ("train.micro_batch=auto", "data.clips_per_video=2")
+    first = two_ranks.succeed(*case.command(tmp_path / "run", *said, "train.global_batch=8", "train.max_steps=1"))
+    second = one_rank.succeed(*case.command(tmp_path / "run", *said, "train.global_batch=null"))
+    assert first.stderr.count("train.micro_batch=auto: micro-batch 4 x accumulation 1 x ranks 2; predicted peak") == 1
+    assert "train.micro_batch=auto: micro-batch 8 x accumulation 1 x ranks 1; predicted peak" in second.stderr
+    assert "less 5%" in second.stderr
+    assert "global batch 8 = micro-batch 8 x accumulation 1 x ranks 1; steps 1 to 2" in second.stderr

@@ -176,3 +176,36 @@ def test_nonsense_gets_one_line(arguments, told, capsys, memprof_main):
     printed = capsys.readouterr()
     assert (ending.value.code, printed.out, printed.err.count("\n")) == (2, "", 1)
     assert told in printed.err
+
+
+ELASTIC = (*COMMAND, "--global-batch", "48", "--ds_config", str(DS_CONFIGS / "zero2.json"))
+
+
+def test_a_global_batch_on_several_numbers_of_ranks(capsys, memprof_main):
+    assert memprof_main([*ELASTIC, "--world-sizes", "1,3,16", "--capacity", "700MiB", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["capacity_bytes"] == 700 * 2**20
+    assert [row["ranks"] for row in result["rows"]] == [1, 3, 16]
+    for row in result["rows"]:
+        assert row["micro_batch"] * row["accumulation"] * row["ranks"] == row["global_batch"] == 48
+        assert row["fits"] == (row["predicted_peak_bytes"] <= 700 * 2**20)
+    assert memprof_main([*ELASTIC, "--world-sizes", "16", "--capacity", "1MiB"]) == 0
+    assert "OOM 1 x 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--world-sizes", "8,5"), "global batch 48 is not a multiple of ranks 5"),
+        (("--world-sizes", "0"), "--world-sizes: must be positive, got 0"),
+        (("--world-sizes", "many"), "--world-sizes: expected whole numbers"),
+        (("--accumulation", "2"), "--accumulation: not with --global-batch"),
+        (("--global-batch", "-1"), "--global-batch: must be positive, got -1"),
+    ],
+)
+def test_global_batches_that_cannot_be_get_one_line(arguments, told, capsys, memprof_main):
+    with pytest.raises(SystemExit) as ending:
+        memprof_main([*ELASTIC, *arguments])
+    printed = capsys.readouterr()
+    assert (ending.value.code, printed.out, printed.err.count("\n")) == (2, "", 1)
+    assert told in printed.err

@@ -1,0 +1,112 @@
+"""``train.micro_batch=auto``: how much room there is, and what is said; tests/e2e/test_micro_batch.py really trains."""
+
+import re
+
+import pytest
+import torch
+from launching import DS_CONFIGS
+
+from everest_ds.config.ds_config import load_ds_config
+from everest_ds.config.errors import UserError
+from everest_ds.config.load import load_recipe
+from everest_ds.memory import meters
+from everest_ds.memory.gpus import GIB, parse_capacity
+from everest_ds.memory.plan import plan
+from everest_ds.training import micro_batch, ranks
+from everest_ds.training.engine import build_model
+from everest_ds.training.micro_batch import Room, fill_micro_batch, smallest_room
+
+MIB = 2**20
+DS = load_ds_config(DS_CONFIGS / "zero2.json")
+KEYS = ("model.size=vit_micro", "model.image_size=64", "train.micro_batch=auto", "train.global_batch=12")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model(load_recipe(None, KEYS))
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """No process group."""
+    monkeypatch.setattr(ranks, "start", lambda: None)
+
+
+def needed(*keys, micro):
+    recipe = load_recipe(None, [*KEYS, *keys, f"train.micro_batch={micro}"])
+    return plan(recipe, DS, ranks=1, device_type="cpu").needed_bytes(micro)
+
+
+def test_the_choice_is_said_in_a_line(monkeypatch, model):
+    room = Room(needed(micro=4) + 1, "tested")
+    monkeypatch.setattr(micro_batch, "smallest_room", lambda *_: room)
+    recipe, lines = fill_micro_batch(load_recipe(None, KEYS), DS, model)
+    assert (recipe.train.micro_batch, recipe.train.global_batch) == (4, 12)
+    assert lines == [
+        "train.micro_batch=auto: micro-batch 4 x accumulation 3 x ranks 1; predicted peak "
+        f"{(room.size_bytes - 1) / GIB:.2f} GiB per rank of {room.size_bytes / GIB:.2f} GiB (tested)"
+    ]
+
+
+def test_numbers_are_left_as_they_are():
+    recipe = load_recipe(None, [*KEYS, "train.micro_batch=3"])
+    assert fill_micro_batch(recipe, DS, None) == (recipe, [])
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_where_nothing_fits_what_would_is_named(monkeypatch, model, fits):
+    keys = ("model.frame_selection.alpha=1.5", "model.image_size=128")
+    full = needed(*keys, "model.checkpointing=full", micro=1)
+    room = Room(full if fits else full - 1, "tested")
+    assert room.size_bytes < needed(*keys, micro=1)
+    monkeypatch.setattr(micro_batch, "smallest_room", lambda *_: room)
+    with pytest.raises(UserError) as refused:
+        fill_micro_batch(load_recipe(None, [*KEYS, *keys]), DS, model)
+    told = "and fits" if fits else ": use a ds_config with more of ZeRO, or offload"
+    assert re.fullmatch(
+        r"train\.micro_batch=auto: even one clip does not fit: 0\.\d\d GiB per rank, of 0\.\d\d GiB \(tested\); "
+        rf"model\.checkpointing=full needs 0\.\d\d GiB ?{told}; all that would: python tools/memprof fit --method "
+        rf"everest --model vit_micro --world-size 1 --capacity {room.size_bytes // MIB}MiB --device cpu "
+        r"model\.image_size=128 model\.frame_selection\.alpha=1\.5",
+        str(refused.value),
+    )
+
+
+def test_the_rank_with_least_room_counts(monkeypatch, alone, model):
+    smaller = Room(5, "another rank's")
+    monkeypatch.setattr(ranks, "gather", lambda value: [value, smaller])
+    assert smallest_room(None, model) == smaller
+
+
+def test_room_on_a_cpu(monkeypatch, alone, model):
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    libraries, held = 128 * MIB, 300 * MIB
+    monkeypatch.setattr(meters, "available_bytes", lambda device: 4 * GIB)
+    monkeypatch.setattr(meters, "resident_bytes", lambda: held)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    free = 2 * GIB + weights - libraries
+    assert smallest_room(None, model) == (int(0.95 * free), "one part in 2 of the free memory, less 5%")
+    stated = smallest_room(parse_capacity("1GiB"), model)
+    assert stated.size_bytes == GIB - held + weights - libraries
+    assert stated.origin == "train.capacity 1GiB less 0.42 GiB for process and libraries"
+    assert smallest_room(parse_capacity("100MiB"), model).size_bytes == 0
+    # Never more than there is.
+    assert smallest_room(parse_capacity("80GiB"), model) == (free, "one part in 2 of the free memory")
+
+
+def test_room_on_a_gpu(monkeypatch, alone, model):
+    """The plan counts the context, which is there already when the device is asked what is free."""
+    monkeypatch.setattr(ranks, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(meters, "available_bytes", lambda device: 78 * GIB)
+    free = 78 * GIB + 500 * MIB
+    assert smallest_room(None, model) == (int(0.95 * free), "free on the device, less 5%")
+    assert smallest_room(parse_capacity("A100-80"), model) == (80 * 10**9, "train.capacity A100-80")
+    assert smallest_room(parse_capacity("80GiB"), model) == (free, "free on the device")
+
+
+def test_a_control_group_leaves_less(tmp_path):
+    for name, text in {"max": "1000", "current": "700", "stat": "anon 600\ninactive_file 80\nactive_file 9\n"}.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert list(meters._left_in_control_groups(tmp_path)) == [1000 - 700 + 80]
+    (tmp_path / "memory.max").write_text("max\n")
+    assert list(meters._left_in_control_groups(tmp_path)) == []
