@@ -83,7 +83,7 @@ def check_nvme_paths(ds: dict[str, Any]) -> None:
         UserError: one is not there, or can't be written to.
     """
     for name, path in nvme_paths(ds):
-        if not path.is_dir():
+        if not os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises where a parent can't be entered
             raise UserError(f"ds_config {name}.nvme_path: {path} is not a folder; make it on a local NVMe file system")
         if not os.access(path, os.W_OK | os.X_OK):
             raise UserError(f"ds_config {name}.nvme_path: {path} can't be written to")
@@ -106,6 +106,9 @@ def _check_offload(zero: dict[str, Any], name: str, stage: int, least: int) -> N
     path = section.get("nvme_path")
     if not isinstance(path, str) or not path:
         raise UserError(f"ds_config {key}.nvme_path: expected the path of a folder, got {shown(path)}")
+    for step in ("pipeline_read", "pipeline_write"):
+        if section.get(step):
+            raise UserError(f"ds_config {key}.{step}: DeepSpeed then wants groups in their order; set it to false")
     count = section.get("buffer_count", SWAP_BUFFERS)
     if isinstance(count, int) and count < SWAP_BUFFERS:
         raise UserError(f"ds_config {key}.buffer_count: AdamW needs at least {SWAP_BUFFERS} buffers, got {count}")

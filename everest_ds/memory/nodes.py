@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from everest_ds.config.load import load_recipe
+from everest_ds.config.schema import Recipe
 from everest_ds.memory.elastic import Choice, choose
 from everest_ds.memory.fit import FitRow, at_capacity, fastest, fit
 from everest_ds.memory.gpus import Capacity
@@ -76,14 +77,23 @@ def nodes(
             progress(f"{method} {model}")
             rows = fit(recipe, ds_configs, ranks=ranks, capacity=capacities[0])
             for capacity in capacities:
-                best = fastest(at_capacity(rows, capacity))
-                choice = None
-                if best is not None:
-                    network = dataclasses.replace(recipe.model, checkpointing=best.checkpointing)  # type: ignore[arg-type]
-                    choice = choose(
-                        dataclasses.replace(recipe, model=network),
-                        ds_configs[best.ds_config],
-                        ranks=ranks,
-                        capacity_bytes=capacity.size_bytes,
-                    )
+                best, choice = _best(recipe, ds_configs, at_capacity(rows, capacity), capacity)
                 yield NodeRow(model=model, method=method, capacity=capacity, ranks=ranks, fastest=best, choice=choice)
+
+
+def _best(
+    recipe: Recipe, ds_configs: Mapping[str, dict[str, Any]], rows: list[FitRow], capacity: Capacity
+) -> tuple[FitRow | None, Choice | None]:
+    """The fastest that makes the global batch: several passes take more memory than the one that rows stand for."""
+    while (best := fastest(rows)) is not None:
+        network = dataclasses.replace(recipe.model, checkpointing=best.checkpointing)  # type: ignore[arg-type]
+        choice = choose(
+            dataclasses.replace(recipe, model=network),
+            ds_configs[best.ds_config],
+            ranks=best.plan.setting.ranks,
+            capacity_bytes=capacity.size_bytes,
+        )
+        if choice.fits:
+            return best, choice
+        rows = [row for row in rows if row is not best]
+    return None, None

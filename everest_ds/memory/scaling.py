@@ -152,7 +152,7 @@ def row_of(planned: Plan, name: str, micro_batch: int, cluster: Cluster) -> Scal
     networks: dict[int, tuple[float, float]] = {}
     for rate in cluster.gigabits:
         gradients, parameters = (
-            sum(cluster.seconds(m.sent_bytes, setting.ranks, rate) for m in sent if m.name == kind)
+            sum(cluster.seconds(m.sent_bytes, m.ranks, rate) for m in sent if m.name.startswith(kind))
             for kind in ("gradients", "parameters")
         )
         networks[rate] = gradients, parameters

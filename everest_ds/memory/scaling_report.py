@@ -13,7 +13,7 @@ _PERCENT = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """A configuration that was run: bytes that left a rank in a step."""
+    """A configuration that was run: bytes of a rank's messages in a step."""
 
     ranks: int
     ds_config: str
@@ -146,14 +146,14 @@ class Page:
 
     def _check(self) -> list[str]:
         worst = max(abs(row.error) for row in self.checked)
-        table = [["ranks", "DeepSpeed", "predicted", "sent", "error"]]
+        table = [["ranks", "DeepSpeed", "predicted", "counted", "error"]]
         for row in self.checked:
             sizes = (f"{row.predicted_bytes:,}", f"{row.measured_bytes:,}")
             table.append([str(row.ranks), row.ds_config, *sizes, f"{row.error:+.3%}"])
         return self._section(
             "Checked",
-            f"What CPU ranks really sent in a step, {self.checked_model}, by DeepSpeed's comms logger: bytes that "
-            f"leave a rank. Largest error {worst:.3%}.",
+            f"What CPU ranks really gave to collectives in a step, {self.checked_model}, by DeepSpeed's comms logger: "
+            f"bytes of a rank's messages. Largest error {worst:.3%}.",
             table,
         )
 

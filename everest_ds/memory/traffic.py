@@ -3,7 +3,8 @@
 Sizes are those that DeepSpeed's comms logger counts, so that they can be checked against it (``memprof measure``). The
 ZeRO paper's volumes (Rajbhandari et al. 2020, section 7: 2, 2 and 3 times the parameters for stages 1, 2 and 3) are
 those of reduce-scatter and all-gather; DeepSpeed's stages 1 and 2 all-reduce their gradients instead, which costs one
-more. Norms and overflow flags, some bytes each, are left out.
+more. Norms and overflow flags, some bytes each, are left out. ``communication_data_type``, quantised ZeRO++ and
+``use_multi_rank_bucket_allreduce: false`` are not modelled.
 """
 
 from __future__ import annotations
@@ -64,6 +65,11 @@ def messages(plan: Plan) -> list[Message]:
     return list({0: _stage0, 1: _stage12, 2: _stage12, 3: _stage3}[plan.setting.stage](plan))
 
 
+def message_bytes(plan: Plan) -> int:
+    """Bytes of one rank's messages in an optimizer step, as the comms logger counts them."""
+    return sum(message.size_bytes for message in messages(plan))
+
+
 def sent_bytes(plan: Plan) -> int:
     """Bytes that leave one rank in an optimizer step."""
     return sum(message.sent_bytes for message in messages(plan))
@@ -108,7 +114,7 @@ def _stage3(plan: Plan) -> Iterator[Message]:
     step.run()
     whole = sum(share(p, setting.ranks) for p in step.kept_whole())
     first, last = step.gathered[0], step.gathered[-1]
-    for group in first | last:
+    for group in {setting.ranks: 0} | first | last:
         elements = first[group] + (setting.accumulation - 1) * last[group]
         within = group != setting.ranks
         yield Message(

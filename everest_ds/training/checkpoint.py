@@ -160,7 +160,8 @@ class Checkpoints:
     def _newest_whole(self, checkpoints: Path) -> Path:
         # One rank's list of each copy: another may see a file system a little later.
         writers = self._writers
-        names = writers.held_by_all([folder.name for folder in files.newest_first(checkpoints)], checkpoints)
+        own = {folder.name: files.digest(folder) for folder in files.newest_first(checkpoints)}
+        names = writers.held_by_all(own, checkpoints)
         reasons = []
         for folder in (checkpoints / name for name in names):
             listed = files.names(folder)
@@ -178,8 +179,10 @@ class Checkpoints:
         if missing:
             raise UserError(f"train.resume: {folder} is another model's: it has no {missing[0]}")
         state.allocate()
-        for key, value in _values(tensors, skip=AVERAGE):
+        wanted = [key for key in tensors if not key.startswith(f"{AVERAGE}/")]
+        for key in sorted(wanted, key=lambda key: (state.group(key.partition("/")[2]), key)):
             kind, _, name = key.partition("/")
+            value = _value(tensors[key], key)
             if name not in state.parameters or value.shape != state.shape(name):
                 raise UserError(f"train.resume: {folder} is another model's: {name} has shape {list(value.shape)}")
             if kind in state.kinds:
@@ -258,13 +261,15 @@ def _open(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _values(tensors: dict[str, Path], skip: str = "") -> Iterator[tuple[str, Tensor]]:
+def _values(tensors: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
     """Yield tensors one at a time, in the same order on every rank."""
-    for part in sorted(set(tensors.values())):
-        with safe_open(part, framework="pt") as opened:
-            for key in sorted(key for key, file in tensors.items() if file == part):
-                if not skip or not key.startswith(f"{skip}/"):
-                    yield key, opened.get_tensor(key)
+    for key in sorted(tensors):
+        yield key, _value(tensors[key], key)
+
+
+def _value(part: Path, key: str) -> Tensor:
+    with safe_open(part, framework="pt") as opened:
+        return opened.get_tensor(key)
 
 
 def _own_share(by_rank: list[dict[str, float]]) -> dict[str, float]:

@@ -105,6 +105,14 @@ def names(folder: Path) -> list[str]:
         return []
 
 
+def digest(folder: Path) -> str:
+    """Return the checksum of what a checkpoint says beside its tensors, an empty string where there is none."""
+    try:
+        return str(_listed(folder)[STATE]["sha256"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """Return what a checkpoint says beside its tensors; raises OSError, or ValueError where it isn't JSON."""
     state = _read_json(folder / STATE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import logging
 import shutil
@@ -147,7 +148,11 @@ def _own_swap_folders(ds: dict[str, Any]) -> list[str]:
         obstacle = op_obstacle(_ASYNC_IO, build=False) or op_obstacle(_ASYNC_IO, build=True)
         if obstacle:
             raise UserError(f"ds_config {name}: NVMe needs DeepSpeed's async_io, but {obstacle}")
-        folders.append(tempfile.mkdtemp(prefix=f"everest-rank{ranks.rank()}-", dir=path))
+        try:
+            folders.append(tempfile.mkdtemp(prefix=f"everest-rank{ranks.rank()}-", dir=path))
+        except OSError as error:
+            raise UserError(f"ds_config {name}.nvme_path: {path} can't be written to ({error.strerror})") from error
+        atexit.register(shutil.rmtree, folders[-1], ignore_errors=True)
         ds["zero_optimization"][name.rpartition(".")[2]]["nvme_path"] = folders[-1]
     return folders
 

@@ -13,7 +13,7 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError
 
-from everest_ds.config.batches import Batches
+from everest_ds.config.batches import AUTO, Batches
 from everest_ds.config.ds_config import precision, zero_stage
 from everest_ds.config.errors import RankError, UserError
 from everest_ds.config.finetuning import FinetuneRecipe
@@ -78,6 +78,10 @@ class Job:
         Raises:
             UserError: they don't go together, or the run directory can't be written.
         """
+        if recipe.train.micro_batch == AUTO:  # for which the ranks meet: what one of them lacks comes first
+            with ranks.naming_the_lost():
+                ranks.start()
+                Writers.of(raw_ds_config).check_source(source)
         recipe, chosen = fill_micro_batch(keep_global_batch(recipe, source), raw_ds_config, model)
         ds_config, batches = resolve(raw_ds_config, recipe, model)
         if precision(ds_config) == "fp16" and zero_stage(ds_config) == 0:

@@ -30,7 +30,6 @@ from everest_ds.config.schema import Recipe
 from everest_ds.data.loader import Batch
 from everest_ds.memory import meters
 from everest_ds.memory.objectives import heaviest_mixing, random_batch
-from everest_ds.memory.traffic import passed_on
 from everest_ds.models import build_network, forward_macs
 from everest_ds.training import ranks
 from everest_ds.training.average import Average, build_average
@@ -61,8 +60,7 @@ class Measured:
     ``measured_peak_bytes``: of a step, tensor storages (CPU) or the device allocator, as ``measured_by`` says.
     ``states_bytes``: held between steps. ``step_s`` is the median, ``step_spread_s`` the slowest less the fastest.
     ``flops_per_s``: two per multiply-accumulate of matrix products, forward and backward, nothing for recomputation.
-    ``messages``: bytes of a step's messages by collective, as DeepSpeed's comms logger counts them; ``sent_bytes``:
-    what of them leaves the rank (see :mod:`everest_ds.memory.traffic`).
+    ``messages``: bytes of a step's messages by collective, as DeepSpeed's comms logger counts them.
     """
 
     rank: int
@@ -77,7 +75,6 @@ class Measured:
     flops_per_s: float
     matmul_flops_per_s: float
     messages: dict[str, int]
-    sent_bytes: int
     optimizer: str
 
 
@@ -114,7 +111,6 @@ def measure(recipe: Recipe, raw_ds_config: dict[str, Any], *, steps: int = 3, sn
         flops_per_s=2 * _FORWARD_AND_BACKWARD * macs * clips_per_s,
         matmul_flops_per_s=matmul_rate(device, next(iter(run.built.engine.module.parameters())).dtype),
         messages=messages,
-        sent_bytes=sum(passed_on(name, size, ranks.world_size()) for name, size in messages.items()),
         optimizer=run.built.optimizer,
     )
 
@@ -217,7 +213,7 @@ def _messages(step: Any) -> dict[str, int]:
     for operation, records in logger.get_raw_data().items():
         size_bytes = sum(size * record[0] for size, record in records.items())
         if size_bytes:  # a barrier has none
-            collective = _COLLECTIVES[operation]
+            collective = _COLLECTIVES.get(operation, operation)
             found[collective] = found.get(collective, 0) + size_bytes
     return found
 

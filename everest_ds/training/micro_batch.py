@@ -81,10 +81,9 @@ def fill_micro_batch(recipe: AnyRecipe, raw_ds_config: dict[str, Any], model: nn
 
 def smallest_room(capacity: Capacity | None, model: nn.Module) -> Room:
     """Return the room of the rank that has least; a collective call, for which the ranks join their group."""
-    ranks.start()
-    # Not before all have built their model: ranks on one CPU see each other's.
     with ranks.naming_the_lost():
-        ranks.gather(None)
+        ranks.start()
+        ranks.gather(None)  # not before all have built their model: ranks on one CPU see each other's
         return min(ranks.gather(_room(capacity, model)))
 
 

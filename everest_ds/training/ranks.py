@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
-import logging
 import os
 import re
 import socket
@@ -29,8 +28,6 @@ from everest_ds.config.place import (
     world_size,
 )
 from everest_ds.training.ops import own_ninja_first
-
-log = logging.getLogger(__name__)
 
 _SHARED_MEMORY_OP = "deepspeed_shm_comm"
 # A rank may wait this long for another that saves, validates, or reads slow videos. One that died is known at once.
@@ -75,6 +72,9 @@ def start() -> None:
     _nodes[:] = gather((host(), address))
     atexit.register(dist.destroy_process_group)
     if not on_cpu():
+        seen = get_accelerator().device_count()
+        if local_rank() >= seen:
+            raise UserError(f"rank {local_rank()} of its node sees {seen} GPUs: let each rank see all of the node's")
         get_accelerator().set_device(local_rank())
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
@@ -141,6 +141,8 @@ def is_main() -> bool:
 
 def _lost_contact(error: BaseException) -> bool:
     text = str(error)
+    if "out of memory" in text:  # NCCL's own, which is a DistError
+        return False
     return isinstance(error, dist.DistError) or any(sign in text for sign in _LOST)
 
 

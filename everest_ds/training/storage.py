@@ -84,23 +84,28 @@ class Writers:
             paths = sorted({path for _, path in found})
             raise UserError(f"train.resume: ranks would continue different runs, {', '.join(paths)}")
 
-    def held_by_all(self, names: list[str], folder: Path) -> list[str]:
-        """Return those of a leader's checkpoints that every copy's leader has, in their order; a collective call.
+    def held_by_all(self, digests: dict[str, str], folder: Path) -> list[str]:
+        """Return those of a leader's checkpoints that every copy's leader has; a collective call.
+
+        Args:
+            digests: of what each of this rank's checkpoints holds, by name, in the order wanted. One name can stand
+                for two ways that a run went, on a node that was away meanwhile.
+            folder: that they are in.
 
         Raises:
             UserError: there is none, though some leader has one.
         """
-        found = ranks.gather(names if self.leads else None)
+        found = ranks.gather(list(digests.items()) if self.leads else None)
         held = {rank: set(listed) for rank, listed in enumerate(found) if listed is not None}
-        common = [name for name in found[0] if all(name in listed for listed in held.values())]
+        common = [one for one in found[0] if all(one in listed for listed in held.values())]
         if common or len(held) == 1:
-            return common
-        newest = max(name for listed in held.values() for name in listed)
+            return [name for name, _ in common]
+        newest = max(one for listed in held.values() for one in listed)
         having = next(rank for rank, listed in held.items() if newest in listed)
         lacking = [rank for rank, listed in held.items() if newest not in listed]
         raise UserError(
-            f"train.resume: no checkpoint is on every node: {newest} is not on {_hosts(lacking)}; copy "
-            f"{ranks.host_of(having)}:{folder / newest} there"
+            f"train.resume: no checkpoint is on every node: {newest[0]} is not on {_hosts(lacking)}, or is another; "
+            f"copy {ranks.host_of(having)}:{folder / newest[0]} there"
         )
 
 

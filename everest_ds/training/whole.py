@@ -65,13 +65,17 @@ class WholeState:
         parameter = self.parameters[name]
         return getattr(parameter, "ds_shape", parameter.shape)
 
+    def group(self, name: str) -> int:
+        """Return which parameters are best read and written one after another: those of one number."""
+        return self._places.group(self.parameters[name]) if name in self.parameters else 0
+
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         """Yield the kind and parameter of every tensor, and the tensor (of the parameter's shape, fp32).
 
         It may share the engine's memory. A collective call.
         """
         kinds = self.kinds
-        for name, parameter in self.parameters.items():
+        for name, parameter in sorted(self.parameters.items(), key=lambda item: self.group(item[0])):
             for kind in kinds:
                 yield kind, name, self._places.read(name, parameter, kind).float().reshape(self.shape(name))
         self._places.close()
@@ -180,6 +184,10 @@ class _Partitioned:
             self._optimizer._hp_optimizer_states_linked = False
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
+    def group(self, parameter: Any) -> int:  # noqa: ARG002
+        """All at hand."""
+        return 0
+
     def read(self, name: str, parameter: nn.Parameter, kind: str) -> Tensor:  # noqa: ARG002
         if kind == MASTER:
             return safe_get_full_fp32_param(parameter)
@@ -232,6 +240,10 @@ class _Swapped(_Partitioned):
         super().__init__(optimizer)
         self._open: int | None = None
         self._changed = False
+
+    def group(self, parameter: Any) -> int:
+        """Those of one file, that it is read and written once."""
+        return int(self._optimizer.grad_position[self._optimizer.get_param_id(parameter)][0])
 
     def read(self, name: str, parameter: Any, kind: str) -> Tensor:  # noqa: ARG002
         return self._optimizer._fp32_state_allgather(parameter, self._own_part(parameter, kind))
@@ -316,6 +328,10 @@ class _Undivided:
 
     def link(self) -> None:
         """Nothing to find."""
+
+    def group(self, parameter: Any) -> int:  # noqa: ARG002
+        """All at hand."""
+        return 0
 
     def read(self, name: str, parameter: nn.Parameter, kind: str) -> Tensor:
         holder, start = self._places[name]

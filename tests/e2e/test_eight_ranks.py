@@ -54,4 +54,4 @@ def test_states_and_messages_are_those_planned(eight_ranks, tmp_path):
             sent = {name: size for name, size in of_rank["messages"].items() if name in predicted}
             assert sent == pytest.approx(predicted, rel=0.05), stage
             assert sum(of_rank["messages"].values()) == pytest.approx(sum(predicted.values()), rel=0.05), stage
-        assert result["sent_bytes"] == pytest.approx(result["predicted_sent_bytes"], rel=0.05), stage
+        assert result["message_bytes"] == pytest.approx(result["predicted_message_bytes"], rel=0.05), stage

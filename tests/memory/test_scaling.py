@@ -63,7 +63,8 @@ def test_the_least_micro_batch_is_the_least(rows):
                 n * clip_s / (n * clip_s + exposed(*parts, n * clip_s, row.zero)) for n in (batch, batch - 1) if n
             ]
             assert shares[0] >= 0.8 - 1e-6, row
-            assert all(share < 0.8 + 0.01 for share in shares[1:]), row
+            # Under stages 1 and 2 padding makes the division of time a little other than 2 to 1.
+            assert all(share < 0.8 + (0.01 if row.zero == 2 else 0) for share in shares[1:]), row
 
 
 def test_cheap_steps_meet_the_network_sooner(rows):

@@ -112,7 +112,7 @@ def check(rows: list[matrix.Row]) -> None:
         states = abs(row.states_predicted - row.states_measured)
         assert states <= min(0.01 * row.states_measured, MIB), row.cell.name
         assert abs(row.error) < 0.05, row.cell.name
-        assert row.sent == pytest.approx(row.sent_predicted, rel=0.01), row.cell.name
+        assert row.messages == pytest.approx(row.messages_predicted, rel=0.01), row.cell.name
     assert statistics.median(abs(row.error) for row in rows) < 0.02
 
 

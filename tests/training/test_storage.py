@@ -104,15 +104,18 @@ def test_a_node_that_has_nothing_to_continue(world):
 
 
 def test_the_newest_that_every_node_holds(world):
-    def held(groups, *names):
+    def held(groups, *listed):
         folder = Path("/local/run/checkpoints")
-        return world.run(lambda rank: Writers(groups[rank]).held_by_all(names[rank // 2], folder))
+        digests = [{name: name if isinstance(names, list) else names[name] for name in names} for names in listed]
+        return world.run(lambda rank: Writers(groups[rank]).held_by_all(digests[rank // 2], folder))
 
     assert held(APART, ["step-9", "step-6", "step-3"], ["step-6", "step-3"]) == [["step-6", "step-3"]] * RANKS
     assert held(TOGETHER, ["step-9", "step-6"], ["step-6"]) == [["step-9", "step-6"]] * RANKS  # rank 0's view
     assert held(TOGETHER, [], []) == [[]] * RANKS
+    # A node that was away while the others went back and another way: step 9 is not the same there.
+    assert held(APART, {"step-9": "a", "step-6": "c"}, {"step-9": "b", "step-6": "c"}) == [["step-6"]] * RANKS
     told = (
-        "train.resume: no checkpoint is on every node: step-9 is not on node0; copy "
+        "train.resume: no checkpoint is on every node: step-9 is not on node0, or is another; copy "
         "node1:/local/run/checkpoints/step-9 there"
     )
     assert held(APART, ["step-6"], ["step-9"]) == [told] * RANKS

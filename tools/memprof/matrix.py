@@ -15,7 +15,7 @@ from everest_ds.config.finetuning import PHASES
 from everest_ds.config.load import load_as
 from everest_ds.config.schema import Recipe
 from everest_ds.memory.plan import device_type_here, name_of, plan
-from everest_ds.memory.traffic import sent_bytes
+from everest_ds.memory.traffic import message_bytes
 from tools.memprof.common import with_precision
 from tools.memprof.launch import launch
 from tools.memprof.measure import job
@@ -67,8 +67,8 @@ class Row:
     states_measured: int
     rss_predicted: int
     rss: int
-    sent_predicted: int
-    sent: int
+    messages_predicted: int
+    messages: int
 
     @property
     def error(self) -> float:
@@ -113,8 +113,8 @@ def _row(cell: Cell, per_rank: list[dict[str, Any]]) -> Row:
         states_measured=worst["states_bytes"],
         rss_predicted=planned.resident_peak_bytes,
         rss=worst["rss_growth_bytes"],
-        sent_predicted=sent_bytes(planned),
-        sent=worst["sent_bytes"],
+        messages_predicted=message_bytes(planned),
+        messages=sum(worst["messages"].values()),
     )
 
 

@@ -83,7 +83,7 @@ def job(recipe: Recipe, ds_config: dict[str, Any], *, steps: int, name: str) -> 
 
 def compare(planned: Plan, per_rank: list[dict[str, Any]]) -> dict[str, Any]:
     """Put the prediction beside the rank that needed most. On a CPU device and host are one memory."""
-    from everest_ds.memory.traffic import sent_bytes  # noqa: PLC0415 - torch, as above
+    from everest_ds.memory.traffic import message_bytes  # noqa: PLC0415 - torch, as above
 
     measured = max(per_rank, key=lambda m: m["measured_peak_bytes"])
     on_cpu = planned.device_type == "cpu"
@@ -104,8 +104,8 @@ def compare(planned: Plan, per_rank: list[dict[str, Any]]) -> dict[str, Any]:
         "rss_growth_bytes": measured["rss_growth_bytes"],
         "predicted_states_bytes": _states_bytes(planned, on_cpu),
         "states_bytes": measured["states_bytes"],
-        "predicted_sent_bytes": sent_bytes(planned),
-        "sent_bytes": measured["sent_bytes"],
+        "predicted_message_bytes": message_bytes(planned),
+        "message_bytes": sum(measured["messages"].values()),
         "step_s": measured["step_s"],
         "step_spread_s": measured["step_spread_s"],
         "clips_per_s": sum(m["clips_per_s"] for m in per_rank),
@@ -130,7 +130,7 @@ def comparison_table(result: dict[str, Any]) -> Table:
         ("peak of a step", result["compared_bytes"], result["measured_peak_bytes"]),
         ("held between steps", result["predicted_states_bytes"], result["states_bytes"]),
         ("resident set growth", result["predicted_resident_bytes"], result["rss_growth_bytes"]),
-        ("sent per step", result["predicted_sent_bytes"], result["sent_bytes"]),
+        ("messages of a step", result["predicted_message_bytes"], result["message_bytes"]),
     )
     for name, predicted, measured in rows:
         residual = measured - predicted

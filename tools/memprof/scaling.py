@@ -112,7 +112,7 @@ def check(asked: Scaling, numbers: tuple[int, ...] = _CHECK_RANKS) -> list[Check
         measured = launch(jobs, ranks=ranks, load_libraries=False)
         for (name, ds), per_rank in zip(asked.ds_configs.items(), measured, strict=True):
             result = compare(plan(recipe, dict(ds), ranks=ranks, device_type="cpu"), per_rank)
-            sizes = result["predicted_sent_bytes"], result["sent_bytes"]
+            sizes = result["predicted_message_bytes"], result["message_bytes"]
             found.append(Checked(ranks=ranks, ds_config=name, predicted_bytes=sizes[0], measured_bytes=sizes[1]))
     return found
 
