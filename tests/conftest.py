@@ -14,8 +14,9 @@ from everest_ds.data.synthetic import write_motion_videos
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A file's tests stay in one worker (`make test` runs two), which makes the file's fixtures once; those that take
-# longest come first. Runs of several ranks stay in one worker altogether: ranks wait by spinning, and two runs beside
-# each other on two cores take several times as long as one after the other.
+# longest come first. Runs of several ranks stay in one worker, whose processes they share; but for eight ranks, which
+# have their own, so that both workers have as much to do.
+EIGHT_RANKS = "tests/e2e/test_eight_ranks"
 SEVERAL_RANKS = (
     "tests/e2e/",
     "tests/resilience/test_bad_numbers",
@@ -36,7 +37,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     def later(item: pytest.Item) -> list[bool]:
         return [not item.path.is_relative_to(config.rootpath / folder) for folder in ORDER]
 
-    items.sort(key=lambda item: (not item.nodeid.startswith(SEVERAL_RANKS), later(item)))
+    def at_once(item: pytest.Item) -> bool:
+        return item.nodeid.startswith(SEVERAL_RANKS)
+
+    items.sort(key=lambda item: (not at_once(item), item.nodeid.startswith(EIGHT_RANKS), later(item)))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -46,7 +50,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "several ranks" if nodeid.startswith(SEVERAL_RANKS) else nodeid.partition("::")[0]
+            shared = nodeid.startswith(SEVERAL_RANKS) and not nodeid.startswith(EIGHT_RANKS)
+            return "several ranks" if shared else nodeid.partition("::")[0]
 
     return ByFile(config, log)
 
