@@ -182,7 +182,8 @@ class Checkpoints:
         wanted = [key for key in tensors if not key.startswith(f"{AVERAGE}/")]
         for key in sorted(wanted, key=lambda key: (state.group(key.partition("/")[2]), key)):
             kind, _, name = key.partition("/")
-            value = _value(tensors[key], key)
+            with safe_open(tensors[key], framework="pt") as opened:
+                value = opened.get_tensor(key)
             if name not in state.parameters or value.shape != state.shape(name):
                 raise UserError(f"train.resume: {folder} is another model's: {name} has shape {list(value.shape)}")
             if kind in state.kinds:
@@ -263,13 +264,10 @@ def _open(folder: Path) -> dict[str, Path]:
 
 def _values(tensors: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
     """Yield tensors one at a time, in the same order on every rank."""
-    for key in sorted(tensors):
-        yield key, _value(tensors[key], key)
-
-
-def _value(part: Path, key: str) -> Tensor:
-    with safe_open(part, framework="pt") as opened:
-        return opened.get_tensor(key)
+    for part in sorted(set(tensors.values())):
+        with safe_open(part, framework="pt") as opened:
+            for key in sorted(key for key, file in tensors.items() if file == part):
+                yield key, opened.get_tensor(key)
 
 
 def _own_share(by_rank: list[dict[str, float]]) -> dict[str, float]:
