@@ -59,10 +59,12 @@ def passed_on(collective: str, size_bytes: int, ranks: int) -> int:
 
 
 def messages(plan: Plan) -> list[Message]:
-    """Itemise what one rank sends in an optimizer step, in the steady state; nothing for a single rank."""
-    if plan.setting.ranks == 1:
-        return []
-    return list({0: _stage0, 1: _stage12, 2: _stage12, 3: _stage3}[plan.setting.stage](plan))
+    """Itemise what one rank gives to collectives in an optimizer step, in the steady state.
+
+    A single rank reduces its gradients all the same, and sends nothing; it doesn't gather.
+    """
+    found = {0: _stage0, 1: _stage12, 2: _stage12, 3: _stage3}[plan.setting.stage](plan)
+    return [message for message in found if plan.setting.ranks > 1 or message.name == "gradients"]
 
 
 def message_bytes(plan: Plan) -> int:
