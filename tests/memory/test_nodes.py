@@ -9,7 +9,8 @@ from launching import DS_CONFIGS, ROOT
 from everest_ds.config.ds_config import load_ds_config
 from everest_ds.config.load import load_recipe
 from everest_ds.memory.elastic import choose
-from everest_ds.memory.gpus import GB, parse_capacity
+from everest_ds.memory.fit import at_capacity
+from everest_ds.memory.gpus import GB, Capacity, parse_capacity
 from everest_ds.memory.nodes import NodeRow, nodes
 from tools.memprof.nodes import cells, markdown
 
@@ -44,6 +45,17 @@ def test_what_is_chosen_fits_and_makes_the_global_batch(rows):
         assert found["micro_batch"] * found["accumulation"] * row.ranks == 512
         assert found["predicted_peak_bytes"] <= found["capacity_bytes"]
         assert found["micro_batch"] <= found["max_micro_batch"]
+
+
+def test_several_passes_take_more_than_one(rows):
+    """Where one clip fits in one pass, and no more: several passes hold gradients besides."""
+    alone = next(row.fastest for row in rows if row.method == "everest" and row.fastest is not None)
+    exact = Capacity(size_bytes=alone.plan.peak(1), text="exact")
+    assert at_capacity([alone], exact)[0].max_micro_batch == 1
+    ds_configs = {"zero1": load_ds_config(DS_CONFIGS / "zero1.json")}
+    (found,) = nodes(("vit_micro",), ("everest",), ds_configs, capacities=[exact], ranks=8, global_batch=512)
+    assert found.choice is None or found.choice.fits
+    assert found.fastest is None or found.fastest.checkpointing != alone.checkpointing
 
 
 def test_everest_takes_larger_micro_batches(rows):

@@ -81,6 +81,7 @@ def test_cheap_steps_meet_the_network_sooner(rows):
 def test_what_hides():
     assert exposed(2.0, 0.0, 3.0, 0) == 0  # the backward pass takes 2 of 3 s
     assert exposed(2.5, 1.0, 3.0, 2) == 1.5
+    assert exposed(1.0, 1.0, 3.0, 2) == 1.0  # parameters hide behind nothing, whatever room gradients leave
     assert exposed(2.0, 2.0, 3.0, 3) == 1.0
     assert cores_for(100.1, 10) == 11
 
