@@ -2,10 +2,11 @@
 
 ``python tests/console.py FOLDER FIRST WATCHED``: waits for FOLDER/FIRST.json and the numbers after it, each the
 arguments of a Python command, and leaves standard output, standard error and exit code of each beside it, per rank.
-``null`` ends it, and so does the end of the process WATCHED.
+``null`` ends it, and so does the end of the process WATCHED. A crash, or SIGABRT, leaves every thread's trace there.
 """
 
 import contextlib
+import faulthandler
 import gc
 import itertools
 import json
@@ -89,4 +90,5 @@ def run(script: str, *arguments: str) -> int:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()
     main(Path(sys.argv[-3]), *map(int, sys.argv[-2:]))

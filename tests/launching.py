@@ -72,8 +72,8 @@ class Console:
         deadline = time.monotonic() + timeout_s
         while not all(place.with_suffix(".code").exists() for place in places):
             if self._process.poll() is not None or time.monotonic() > deadline:
-                self._kill()
-                raise AssertionError(f"{command} did not end: {self._log()} {_texts(places, '.err')[-3000:]}")
+                how = self._abort()
+                raise AssertionError(f"{command} did not end ({how}): {self._log()} {_texts(places, '.err')[-3000:]}")
             time.sleep(0.02)
         codes = {int(place.with_suffix(".code").read_text()) for place in places}
         assert len(codes) == 1, f"ranks end {command} with {codes}: {_texts(places, '.err')[-3000:]}"
@@ -117,6 +117,16 @@ class Console:
         unfinished.write_text(json.dumps(command))
         unfinished.rename(self._folder / f"{number}.json")
         return number
+
+    def _abort(self) -> str:
+        """End the processes and say how they ended: those that still ran leave traces of what they were at."""
+        code = self._process.poll()
+        if code is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGABRT)
+            time.sleep(1)
+        self._kill()
+        return "was still running" if code is None else f"exit code {code}"
 
     def _kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):  # it may have died by itself

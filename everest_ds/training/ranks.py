@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from everest_ds.config.errors import UserError, shortened
+from everest_ds.config.errors import RankError, UserError, shortened
 from everest_ds.config.place import (
     host,
     local_rank,
@@ -80,6 +80,10 @@ def start() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
 
 
+class LostNodeError(LostRankError, RankError):
+    """It was on another node. Whoever meets it speaks: the others of this node may only see that one end."""
+
+
 @contextlib.contextmanager
 def naming_the_lost() -> Iterator[None]:
     """Turn what torch says when another rank is gone into a :class:`LostRankError`, which says where that was."""
@@ -91,7 +95,9 @@ def naming_the_lost() -> Iterator[None]:
         if not _nodes:
             reason = shortened(str(error), _LONGEST_REASON)
             raise LostRankError(f"found no way to the other ranks ({reason}); see docs/multi-node.md") from error
-        raise LostRankError(f"lost contact with {_name_peer(str(error))}, which has ended") from error
+        if place := _elsewhere(str(error)):
+            raise LostNodeError(f"lost contact with {place}, which has ended") from error
+        raise LostRankError("lost contact with another rank, which has ended") from error
 
 
 def any_rank(flag: bool) -> bool:
@@ -146,12 +152,12 @@ def _lost_contact(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or any(sign in text for sign in _LOST)
 
 
-def _name_peer(text: str) -> str:
-    """Name the ranks at the address that gloo's message shows; those of a node have the same."""
+def _elsewhere(text: str) -> str:
+    """Name the node whose address gloo's message shows, and its ranks, which all have that; "" if it is this one."""
     peer = _PEER.search(text)
     there = [number for number, (_, address) in enumerate(_nodes) if peer and address == peer[1]]
     if not there or there[0] in on_this_node():
-        return "another rank"
+        return ""
     return f"{host_of(there[0])} (rank{'s' if there[1:] else ''} {', '.join(map(str, there))})"
 
 

@@ -31,12 +31,17 @@ def same(one: Batch, other: Batch) -> bool:
     return all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("clips", "noise", "labels", "index"))
 
 
+def decoding_processes() -> list[psutil.Process]:
+    """Not every child: the consoles of other tests are some, too."""
+    return [child for child in psutil.Process().children() if child.name().startswith("pt_data_worker")]
+
+
 @pytest.fixture
 def with_a_hanging_one(videos: list[Entry]) -> Iterator[list[Entry]]:
     """Twelve videos, and one on a server that never answers. A pipe in place of a video is refused unopened."""
     with silent_server() as url:
         yield [*videos, Entry(url, 99)]
-    assert not [child for child in psutil.Process().children() if child.name().startswith("pt_data_worker")]
+    assert not decoding_processes()
 
 
 def test_a_video_that_hangs_is_set_aside_and_the_rest_goes_on(with_a_hanging_one, caplog):
@@ -88,7 +93,7 @@ def test_killed_workers_are_replaced_and_nothing_changes(videos, caplog):
     for number, batch in enumerate(build_loader(make(videos), sampler)):
         found.append(batch)
         if number in (2, 7):
-            for worker in psutil.Process().children():
+            for worker in decoding_processes():
                 worker.kill()
     assert len(found) == len(expected) == 12
     assert all(same(one, other) for one, other in zip(found, expected, strict=True))
