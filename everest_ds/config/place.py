@@ -26,8 +26,17 @@ def world_size() -> int:
 
 
 def local_world_size() -> int:
-    """Ranks on this node: torchrun and DeepSpeed's launcher call it differently."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
+    """Ranks on this node: torchrun and DeepSpeed's launcher call it differently; all there are, if nothing says it."""
+    return int(_stated_local_world_size() or world_size())
+
+
+def says_too_little() -> bool:
+    """Whether this rank can't be of one node alone, and nothing says how many the node has."""
+    return rank() != local_rank() and not _stated_local_world_size()
+
+
+def _stated_local_world_size() -> str | None:
+    return os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
 
 
 def on_this_node() -> range:
@@ -79,6 +88,6 @@ def _tasks_per_node(listed: str) -> list[int]:
 
 
 def _first_host(listed: str) -> str:
-    """Read ``"gpu[03-04,07],other1"``: gpu03."""
-    match = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,]*))?", listed)
-    return "".join(part or "" for part in match.groups()) if match else listed
+    """Read ``"rack[3-4]gpu[03-04,07],other1"``: rack3gpu03."""
+    first = re.match(r"(?:[^\[,]|\[[^\]]*\])*", listed)
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0] if first else listed)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from everest_ds.memory.gpus import GB
 from everest_ds.memory.scaling import Scaling, ScalingRow, cores_for
 
+TITLE = "# Scaling: what many GPUs should do"
 _PERCENT = 100
 
 
@@ -100,7 +101,7 @@ class Page:
     def _head(self) -> list[str]:
         cluster = self.asked.cluster
         return [
-            "# Scaling: what many GPUs should do",
+            TITLE,
             "",
             f"Written by `{self.command}`. A model, not a measurement: nothing here ran on a GPU. It assumes",
             "",
@@ -112,9 +113,13 @@ class Page:
             "- collectives in rings, without latency, on a network that is otherwise idle; one pass per step;",
             "- at best, gradients hide behind the backward pass, and ZeRO-3's parameters behind both passes; the "
             "parameters that ZeRO-1 and 2 gather after the optimizer step hide behind nothing;",
-            "- the shipped DeepSpeed configurations, bf16, fused attention, no checkpointing of activations.",
+            f"- the DeepSpeed configurations {', '.join(self.asked.ds_configs)}, half precision, fused attention and "
+            f"no checkpointing of activations{self._but()}.",
             "",
         ]
+
+    def _but(self) -> str:
+        return f", but for {', '.join(self.asked.overrides)}" if self.asked.overrides else ""
 
     def _section(self, title: str, text: str, table: Iterable[list[str]]) -> list[str]:
         head, *lines = table

@@ -47,7 +47,8 @@ log = logging.getLogger(__name__)
 class Job:
     """Everything that can be known, and found wrong, before any process talks to another.
 
-    ``description``: lines about the model, for rank 0 to say; ``validation``: videos to validate on, in fine-tuning.
+    ``description`` and ``chosen``: lines for rank 0 to say, about the model and about the micro-batch if it was "auto";
+    ``validation``: videos to validate on, in fine-tuning.
     """
 
     recipe: Recipe
@@ -59,6 +60,7 @@ class Job:
     steps_per_epoch: int
     schedule: CosineSchedule
     description: list[str]
+    chosen: list[str]
     validation: ClipDataset | None
 
     @classmethod
@@ -107,7 +109,8 @@ class Job:
             source=source,
             steps_per_epoch=steps_per_epoch,
             schedule=build_schedule(recipe.optim, batches.total, steps_per_epoch, total),
-            description=description + chosen,
+            description=description,
+            chosen=chosen,
             validation=validation,
         )
 
@@ -129,7 +132,7 @@ def run(job: Job) -> int:
         if not is_out_of_memory(error):
             raise
     # Here, where what the trace held on to is gone.
-    line = explained(job.recipe, job.ds_config, job.batches)
+    line = explained(job.recipe, job.ds_config, job.batches, was_auto=bool(job.chosen))
     if ranks.local_rank():
         time.sleep(ranks.LostRankError.linger_s)  # ranks run out of memory together: the first one's line is enough
     raise line
@@ -278,6 +281,7 @@ def announce(job: Job, built: Built, done: int) -> None:
     batches = job.batches
     lines = [
         *job.description,
+        *job.chosen,
         f"{len(job.dataset)} videos; global batch {batches.total} = micro-batch {batches.micro} x accumulation "
         f"{batches.accumulation} x ranks {batches.ranks}; steps {done} to {job.schedule.total_steps}",
         built.optimizer,

@@ -27,13 +27,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
-def explained(recipe: Recipe, ds_config: dict[str, Any], batches: Batches) -> RankError:
+def explained(recipe: Recipe, ds_config: dict[str, Any], batches: Batches, *, was_auto: bool) -> RankError:
     """Return the error that says so in one line; plans, so the failed step's tensors should be gone.
 
     Args:
         recipe: of the run.
         ds_config: the resolved one.
         batches: of the run.
+        was_auto: the micro-batch was chosen by ``train.micro_batch=auto``.
     """
     try:
         planned = plan(recipe, ds_config, ranks=batches.ranks, device_type=ranks.device().type)
@@ -41,8 +42,11 @@ def explained(recipe: Recipe, ds_config: dict[str, Any], batches: Batches) -> Ra
     except (RuntimeError, MemoryError):  # not even for that
         needs = "and too little is left to plan with"
     checkpoint, mode = recipe.model.checkpointing, modes_of(recipe)[-1]
+    smaller = (
+        "a smaller train.capacity" if was_auto else f"train.micro_batch=auto with train.global_batch={batches.total}"
+    )
     ways = [
-        f"train.micro_batch=auto with train.global_batch={batches.total}",
+        smaller,
         *([] if checkpoint == mode else [f"model.checkpointing={mode}"]),
         "a ds_config with more of ZeRO, or offload",
     ]

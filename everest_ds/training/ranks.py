@@ -24,6 +24,7 @@ from everest_ds.config.place import (
     local_world_size,
     on_this_node,
     rank,
+    says_too_little,
     several_nodes,
     world_size,
 )
@@ -53,12 +54,17 @@ def start() -> None:
     """Join the launcher's process group, or make one of a single rank when there is no launcher.
 
     Does nothing if that was done before; the group is left when the process ends.
+
+    Raises:
+        UserError: the launcher doesn't say where a rank is, or a rank doesn't see its GPU.
     """
     if dist.is_initialized():
         return
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(free_port()))
+    if says_too_little():
+        raise RankError("the launcher set RANK and LOCAL_RANK alone; set LOCAL_WORLD_SIZE to the ranks of a node")
     own_ninja_first()
     address = _choose_interface()
     if on_cpu():

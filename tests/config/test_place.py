@@ -36,6 +36,7 @@ def task(*values: int | str) -> dict:
         (task(17, 20, 2, 1, "8(x2),4", "gpu[03-04,07]"), "gpu03", range(16, 20)),
         (task(0, 12, 0, 0, "8,4", "a1,b[2-3]"), "a1", range(8)),
         (task(9, 16, 1, 1, "8(x2)", "r1c[2-3].x"), "r1c2.x", range(8, 16)),
+        (task(1, 4, 1, 0, "1(x4)", "rack[3-4]gpu[01,07],other"), "rack3gpu01", range(1, 2)),
     ],
 )
 def test_tasks_of_srun(environment, asked, first, here):
@@ -51,6 +52,21 @@ def test_a_launcher_below_srun_and_a_batch_script_say_otherwise(environment):
     environment(**task(1, 2, 1, 0, "1(x2)", "node[0-1]"), RANK=8, WORLD_SIZE=16, LOCAL_SIZE=8)
     place.take_slurm_task()
     assert (place.rank(), place.world_size(), place.on_this_node()) == (8, 16, range(8, 16))
+
+
+@pytest.mark.parametrize(
+    ("said", "too_little"),
+    [
+        ({}, False),
+        ({"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2}, False),
+        ({"RANK": 9, "LOCAL_RANK": 1, "WORLD_SIZE": 16}, True),
+        ({"RANK": 9, "LOCAL_RANK": 1, "WORLD_SIZE": 16, "LOCAL_SIZE": 8}, False),
+        ({"RANK": 9, "LOCAL_RANK": 1, "WORLD_SIZE": 16, "LOCAL_WORLD_SIZE": 8}, False),
+    ],
+)
+def test_a_launcher_that_hides_how_many_ranks_a_node_has(environment, said, too_little):
+    environment(**said)
+    assert place.says_too_little() is too_little
 
 
 def test_alone(environment):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import statistics
 import sys
 
@@ -16,7 +17,9 @@ from everest_ds.config.ds_config import load_ds_config
 from everest_ds.config.finetuning import FinetuneRecipe
 from everest_ds.config.load import load_as
 from everest_ds.config.schema import Recipe
+from everest_ds.memory import meters
 from everest_ds.memory.plan import plan
+from everest_ds.memory.processes import LAUNCHER_BYTES, RANK_BYTES
 from tools.memprof import matrix
 from tools.memprof.__main__ import main
 
@@ -62,6 +65,22 @@ def test_plan_prints_a_table_with_sources(capsys, monkeypatch):
     assert "p x 8" in shown
 
 
+def test_what_does_not_fit_this_machine_is_not_started(capsys, monkeypatch):
+    """Ranks on the CPU share one memory, with what their processes take besides tensors."""
+    monkeypatch.chdir(ROOT)
+    command = ["--model", "vit_micro", "--micro-batch", "4", "model.image_size=48"]
+    assert main(["plan", "--device", "cpu", "--world-size", "3", *command, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    together = 3 * (planned["predicted_peak_bytes"] + sum(planned["host"].values()) + RANK_BYTES) + LAUNCHER_BYTES
+    assert planned["together_bytes"] == together
+    monkeypatch.setattr(meters, "available_bytes", lambda device: together - 1)
+    with pytest.raises(SystemExit) as ended:
+        main(["measure", "--ranks", "3", *command])
+    said = capsys.readouterr()
+    assert (ended.value.code, said.out) == (2, "")
+    assert re.fullmatch(r"memprof: error: measure: .*: the processes of 3 ranks need .* is free; try fewer .*\n", said.err)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -76,6 +95,10 @@ def test_plan_prints_a_table_with_sources(capsys, monkeypatch):
         (["plan", "--micro-batch", "4", "--phase", "finetune", "--classes", "1"], "model.classes: must be at least 2"),
         (["plan", "--micro-batch", "4", "--phase", "finetune", "--method", "videomae"], "model.keep_ratio=1.0"),
         (["measure", "--micro-batch", "4", "--ranks", "0"], "--ranks: must be positive"),
+        (["measure", "--matrix", "README.md"], "README.md: something else than the page 'Predicted against measured"),
+        (["scaling", "--report", "docs/large-models.md"], "something else than the page 'Scaling: what many GPUs"),
+        (["nodes", "--report", "docs"], "docs: something else than the page 'Large models on one node' is there"),
+        (["nodes", "--report", "/proc/1/page.md"], "/proc/1/page.md: /proc/1 can't be written to; give another path"),
         (["measure", "--micro-batch", "4", "--feed"], "data.train: no training manifest"),
         (["measure", "--micro-batch", "4", "--feed", "--gpus", "8xABC"], "--gpus: expected"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -62,6 +63,30 @@ def progress(verb: str) -> Iterator[Callable[[str], None]]:
     """Yield a function that shows on a terminal's stderr what is being done; silent where stderr is no terminal."""
     with Console(stderr=True).status(verb) as status:
         yield lambda what: status.update(f"{verb}: {what}")
+
+
+def check_page(path: Path, title: str) -> None:
+    """Look whether a page can be written, before the work that it is about: it replaces one of its title alone.
+
+    Raises:
+        UserError: something else is there, or nothing can be.
+    """
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    first = b""
+    if there == path and path.is_file():
+        with path.open("rb") as file:
+            first = file.readline().rstrip(b"\n")
+    if (there == path) != path.is_file() or first not in (b"", title.encode()):
+        raise UserError(f"{path}: something else than the page '{title.lstrip('# ')}' is there; give another path")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{path}: {there} can't be written to; give another path")
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write a page, and say where."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    print(f"report: {path}", file=sys.stderr)
 
 
 def show(*parts: Table | str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from everest_ds.config.load import load_as
 from everest_ds.config.schema import Recipe
 from everest_ds.memory.plan import device_type_here, name_of, plan
 from everest_ds.memory.traffic import message_bytes
+from tools.memprof import asking
 from tools.memprof.common import with_precision
 from tools.memprof.launch import launch
 from tools.memprof.measure import job
@@ -32,6 +32,7 @@ NETWORKS = (
     ("finetune", ("model.classes=400", "model.keep_ratio=1.0"), ("none",)),
 )
 STAGES = ("zero0", "zero2", "zero3")
+_TITLE = "# Predicted against measured memory"
 _MIB = 2**20
 
 
@@ -120,17 +121,15 @@ def _row(cell: Cell, per_rank: list[dict[str, Any]]) -> Row:
 
 def run(path: Path, *, ranks: int) -> int:
     """Measure the whole matrix and write it."""
-    rows = measure_cells(list(cells()), ranks)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(as_markdown(rows, ranks), encoding="utf-8")
-    print(f"{path}: {len(rows)} configurations", file=sys.stderr)
+    asking.check_page(path, _TITLE)
+    asking.write_page(path, as_markdown(measure_cells(list(cells()), ranks), ranks))
     return 0
 
 
 def as_markdown(rows: list[Row], ranks: int) -> str:
     """The matrix as a document."""
     lines = [
-        "# Predicted against measured memory",
+        _TITLE,
         "",
         f"One training step on {ranks} CPU ranks, through the deepspeed launcher; the rank that needed most.",
         f"Written by `python tools/memprof measure --ranks {ranks} --matrix FILE`.",

@@ -28,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, default=1, help="processes on this machine")
     parser.add_argument("--steps", type=int, default=5, help="timed steps")
     parser.add_argument(
+        "--trim", action="store_true", help="let the C library give back freed memory at once: less memory, slower"
+    )
+    parser.add_argument(
         "--feed", action="store_true", help="time reading the videos of data.train: how many cores feed --gpus"
     )
     parser.add_argument("--gpus", default="8xA100-80", help="with --feed: how many of which (default 8xA100-80)")
@@ -52,7 +55,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     fed = _feed(arguments, recipe) if arguments.feed else None
     planned = plan(recipe, ds_config, ranks=arguments.ranks, device_type=device_type_here())
-    per_rank = launch([job(recipe, ds_config, steps=arguments.steps, name=planned.name)], ranks=arguments.ranks)[0]
+    if planned.device_type == "cpu":
+        check_room(planned)
+    jobs = [job(recipe, ds_config, steps=arguments.steps, name=planned.name)]
+    per_rank = launch(jobs, ranks=arguments.ranks, trim=arguments.trim)[0]
     result = compare(planned, per_rank)
     if arguments.json:
         common.print_json(result | ({} if fed is None else {"feed": fed.as_json()}))
@@ -61,6 +67,27 @@ def run(arguments: argparse.Namespace) -> int:
         if fed is not None:
             print(fed)
     return 0
+
+
+def check_room(planned: Plan) -> None:
+    """Hear beforehand that ranks on the CPU won't fit, before the system begins to end processes.
+
+    Raises:
+        UserError: they take more together than is free.
+    """
+    import torch  # noqa: PLC0415 - as above
+
+    from everest_ds.memory.meters import available_bytes  # noqa: PLC0415 - as above
+    from everest_ds.memory.processes import together_bytes  # noqa: PLC0415 - as above
+
+    needed, free = together_bytes(planned), available_bytes(torch.device("cpu"))
+    if needed > free:
+        ranks = planned.setting.ranks
+        raise UserError(
+            f"measure: {planned.name}: the processes of {ranks} ranks need {common.size(needed)}, and "
+            f"{common.size(free)} is free; try fewer --ranks, a smaller --micro-batch, --precision bf16, or "
+            "ds_configs/zero3_nvme.json"
+        )
 
 
 def _feed(arguments: argparse.Namespace, recipe: Recipe) -> Feed:

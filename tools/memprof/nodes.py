@@ -15,6 +15,7 @@ from everest_ds.memory.nodes import NodeRow, nodes
 from tools.memprof import asking, common
 from tools.memprof.fit import SHIPPED
 
+_TITLE = "# Large models on one node"
 _COLUMNS = (
     "model",
     "method",
@@ -44,6 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Choose, and print or write."""
     if arguments.world_size < 1 or arguments.global_batch < 1:
         raise UserError("--world-size and --global-batch: must be positive")
+    if arguments.report is not None:
+        asking.check_page(arguments.report, _TITLE)
     with asking.progress("planning") as progress:
         rows = list(
             nodes(
@@ -61,9 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.report is None:
         asking.show(table(rows))
     if arguments.report is not None:
-        arguments.report.parent.mkdir(parents=True, exist_ok=True)
-        arguments.report.write_text(markdown(rows, " ".join(sys.argv[2:])), encoding="utf-8")
-        print(f"report: {arguments.report}", file=sys.stderr)
+        asking.write_page(arguments.report, markdown(rows, " ".join(sys.argv[2:])))
     return 0
 
 
@@ -97,7 +98,7 @@ def markdown(rows: list[NodeRow], flags: str) -> str:
     rule = ["---:" if number >= _NUMBERS_FROM else "---" for number in range(len(_COLUMNS))]
     return "\n".join(
         [
-            "# Large models on one node",
+            _TITLE,
             "",
             f"Written by `python tools/memprof nodes {flags}`. Predicted, not run on a GPU: bf16, fused attention, the"
             " recipes' decoder. GB is 1e9 bytes; context, NCCL and cuBLAS are counted as docs/memory.md says,"

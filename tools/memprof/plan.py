@@ -33,6 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
         common.print_json(as_json(planned))
         return 0
     common.show(items_table(planned))
+    if planned.device_type == "cpu":
+        print(together(planned))
     if arguments.world_size > 1:
         common.show(traffic_table(planned))
     if arguments.sources:
@@ -42,6 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def as_json(planned: Plan) -> dict[str, object]:
     """The fields that scripts rely on."""
+    from everest_ds.memory.processes import together_bytes  # noqa: PLC0415 - torch, as above
     from everest_ds.memory.traffic import messages, sent_bytes  # noqa: PLC0415 - torch, as above
 
     return {
@@ -49,6 +52,7 @@ def as_json(planned: Plan) -> dict[str, object]:
         "device": planned.device,
         "host": planned.host,
         "nvme": planned.nvme,
+        **({"together_bytes": together_bytes(planned)} if planned.device_type == "cpu" else {}),
         "messages": [dataclasses.asdict(m) | {"sent_bytes": m.sent_bytes} for m in messages(planned)],
         "sent_bytes": sent_bytes(planned),
         "config": planned.describe(),
@@ -72,6 +76,17 @@ def items_table(planned: Plan) -> Table:
             total = sum(items.values())
             table.add_row("held", where, f"{total:,}", common.size(total))
     return table
+
+
+def together(planned: Plan) -> str:
+    """What ranks on the CPU of one machine take."""
+    from everest_ds.memory.processes import LAUNCHER_BYTES, RANK_BYTES, together_bytes  # noqa: PLC0415 - as above
+
+    own, launcher = common.size(RANK_BYTES), common.size(LAUNCHER_BYTES)
+    return (
+        f"ranks of this machine together: {common.size(together_bytes(planned))}, with {own} of interpreter and "
+        f"libraries each and {launcher} of the launcher"
+    )
 
 
 def traffic_table(planned: Plan) -> Table:

@@ -14,7 +14,7 @@ from everest_ds.memory.compare import METHODS
 from everest_ds.memory.gpus import GPUS, gpu_hint, named_gpu
 from everest_ds.memory.plan import plan
 from everest_ds.memory.scaling import Cluster, Scaling, ScalingRow
-from everest_ds.memory.scaling_report import Checked, Page
+from everest_ds.memory.scaling_report import TITLE, Checked, Page
 from tools.memprof import asking, common
 from tools.memprof.launch import launch
 from tools.memprof.measure import compare, job
@@ -58,6 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
     asked = _question(arguments)
     if arguments.clips_per_core <= 0 or arguments.global_batch < 1:
         raise UserError("--clips-per-core and --global-batch: must be positive")
+    if arguments.report is not None:
+        asking.check_page(arguments.report, TITLE)
     with asking.progress("planning") as progress:
         rows = list(asked.rows(progress))
     checked = check(asked) if arguments.check else []
@@ -76,9 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
             global_batch=arguments.global_batch,
             clips_per_s_per_core=arguments.clips_per_core,
         )
-        arguments.report.parent.mkdir(parents=True, exist_ok=True)
-        arguments.report.write_text(page.markdown(), encoding="utf-8")
-        print(f"report: {arguments.report}", file=sys.stderr)
+        asking.write_page(arguments.report, page.markdown())
     return 0
 
 
