@@ -78,7 +78,8 @@ def test_what_does_not_fit_this_machine_is_not_started(capsys, monkeypatch):
         main(["measure", "--ranks", "3", *command])
     said = capsys.readouterr()
     assert (ended.value.code, said.out) == (2, "")
-    assert re.fullmatch(r"memprof: error: measure: .*: the processes of 3 ranks need .* is free; try fewer .*\n", said.err)
+    line = r"memprof: error: measure: .*: the processes of 3 ranks need .* is free; try fewer .*\n"
+    assert re.fullmatch(line, said.err)
 
 
 @pytest.mark.parametrize(
