@@ -21,9 +21,12 @@ def machine() -> str:
     """Describe in one line what a benchmark runs on."""
     accelerator = get_accelerator()
     device = "" if accelerator.device_name() == "cpu" else f"{accelerator.current_device_name()}; "
+    # Settings of glibc's allocator, which decide how many pages of a CPU step are zeroed anew (mallopt(3)).
+    allocator = "".join(f", {name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_"))
     return (
         f"{device}{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}, Python {platform.python_version()}, torch {torch.__version__}"
+        f"{allocator}"
     )
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Of what is free, left alone where nobody states a capacity: allocators (CUDA's and the C library's) can't use every
+# hole between blocks, how much depends on history, and the plan leaves it out. An assumption.
+RESERVE = 0.05
 _MIB = 2**20
 
 

@@ -21,13 +21,10 @@ from everest_ds.memory import meters
 from everest_ds.memory.elastic import Choice, choose, with_micro_batch
 from everest_ds.memory.fit import modes_of
 from everest_ds.memory.gpus import Capacity, gib, parse_capacity
-from everest_ds.memory.overheads import overheads_for
+from everest_ds.memory.overheads import RESERVE, overheads_for
 from everest_ds.training import ranks
 from everest_ds.training.engine import resolve
 
-# Of what is free, left alone where nobody states a capacity: allocators (CUDA's and the C library's) can't use every
-# hole between blocks, how much depends on history, and the plan leaves it out (memory/overheads.py). An assumption.
-_RESERVE = 0.05
 _MIB = 2**20
 # On a CPU, what libraries take on first use, after the choice: DeepSpeed's engine, gloo, kernels. Measured by what the
 # resident set of tests/e2e/test_micro_batch.py grows beyond the plan: 88 MiB.
@@ -104,7 +101,7 @@ def _room(capacity: Capacity | None, model: nn.Module) -> Room:
         held, of_stated = 0, ""
         free, origin = available + overheads_for(device.type).context_bytes, "free on the device"
     if capacity is None:
-        return Room(int(free * (1 - _RESERVE)), f"{origin}, less {_RESERVE:.0%}")
+        return Room(int(free * (1 - RESERVE)), f"{origin}, less {RESERVE:.0%}")
     stated = Room(max(0, capacity.size_bytes - held), f"train.capacity {capacity.text}{of_stated}")
     return min(stated, Room(free, origin))
 

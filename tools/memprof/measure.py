@@ -78,14 +78,15 @@ def check_room(planned: Plan) -> None:
     import torch  # noqa: PLC0415 - as above
 
     from everest_ds.memory.meters import available_bytes  # noqa: PLC0415 - as above
+    from everest_ds.memory.overheads import RESERVE  # noqa: PLC0415 - as above
     from everest_ds.memory.processes import together_bytes  # noqa: PLC0415 - as above
 
     needed, free = together_bytes(planned), available_bytes(torch.device("cpu"))
-    if needed > free:
+    if needed > (1 - RESERVE) * free:
         ranks = planned.setting.ranks
         raise UserError(
             f"measure: {planned.name}: the processes of {ranks} ranks need {common.size(needed)}, and "
-            f"{common.size(free)} is free; try fewer --ranks, a smaller --micro-batch, --precision bf16, or "
+            f"{common.size(free)} is free, of which {RESERVE:.0%} are left alone; try fewer --ranks, a smaller --micro-batch, --precision bf16, or "
             "ds_configs/zero3_nvme.json"
         )
 
