@@ -86,8 +86,8 @@ def check_room(planned: Plan) -> None:
         ranks = planned.setting.ranks
         raise UserError(
             f"measure: {planned.name}: the processes of {ranks} ranks need {common.size(needed)}, and "
-            f"{common.size(free)} is free, of which {RESERVE:.0%} are left alone; try fewer --ranks, a smaller --micro-batch, --precision bf16, or "
-            "ds_configs/zero3_nvme.json"
+            f"{common.size(free)} is free, of which {RESERVE:.0%} are left alone; try fewer --ranks, a smaller "
+            "--micro-batch, --precision bf16, or ds_configs/zero3_nvme.json"
         )
 
 
