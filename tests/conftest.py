@@ -14,8 +14,8 @@ from everest_ds.data.synthetic import write_motion_videos
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A file's tests stay in one worker (`make test` runs two), which makes the file's fixtures once; those that take
-# longest come first. Runs of several ranks stay in one worker, whose processes they share; but for eight ranks, which
-# have their own, so that both workers have as much to do.
+# longest come first. Runs of several ranks stay in one worker, whose processes they share; but for eight ranks, two
+# nodes and a batch script, which have their own, so that both workers have as much to do.
 EIGHT_RANKS = "tests/e2e/test_eight_ranks"
 SEVERAL_RANKS = (
     "tests/e2e/",
@@ -24,9 +24,7 @@ SEVERAL_RANKS = (
     "tests/resilience/test_nvme",
     "tests/resilience/test_other_worlds",
     "tests/resilience/test_requests_to_stop",
-    "tests/resilience/test_slurm_script",
     "tests/resilience/test_trouble",
-    "tests/resilience/test_two_nodes",
 )
 ORDER = ("tests/e2e", "tests/resilience", "tests/tools", "tests/memory", "tests/benchmarks")
 
