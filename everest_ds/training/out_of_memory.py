@@ -42,11 +42,10 @@ def explained(recipe: Recipe, ds_config: dict[str, Any], batches: Batches, *, wa
     except (RuntimeError, MemoryError):  # not even for that
         needs = "and too little is left to plan with"
     checkpoint, mode = recipe.model.checkpointing, modes_of(recipe)[-1]
-    smaller = (
-        "a smaller train.capacity" if was_auto else f"train.micro_batch=auto with train.global_batch={batches.total}"
-    )
+    automatic = f"train.micro_batch=auto with train.global_batch={batches.total}"
+    stated = "a smaller train.capacity" if recipe.train.capacity else "train.capacity=SIZE, less than was free"
     ways = [
-        smaller,
+        stated if was_auto else automatic,
         *([] if checkpoint == mode else [f"model.checkpointing={mode}"]),
         "a ds_config with more of ZeRO, or offload",
     ]

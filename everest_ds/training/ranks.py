@@ -64,7 +64,7 @@ def start() -> None:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(free_port()))
     if says_too_little():
-        raise RankError("the launcher set RANK and LOCAL_RANK alone; set LOCAL_WORLD_SIZE to the ranks of a node")
+        raise UserError("the launcher doesn't say how many ranks a node has: set LOCAL_RANK and LOCAL_WORLD_SIZE")
     own_ninja_first()
     address = _choose_interface()
     if on_cpu():

@@ -14,13 +14,14 @@ from launching import DS_CONFIGS, ROOT, run
 sys.path.insert(0, str(ROOT))
 
 from everest_ds.config.ds_config import load_ds_config
+from everest_ds.config.errors import UserError
 from everest_ds.config.finetuning import FinetuneRecipe
 from everest_ds.config.load import load_as
 from everest_ds.config.schema import Recipe
 from everest_ds.memory import meters
 from everest_ds.memory.plan import plan
 from everest_ds.memory.processes import LAUNCHER_BYTES, RANK_BYTES
-from tools.memprof import matrix
+from tools.memprof import asking, matrix
 from tools.memprof.__main__ import main
 
 MIB = 2**20
@@ -98,8 +99,11 @@ def test_what_does_not_fit_this_machine_is_not_started(capsys, monkeypatch):
         (["measure", "--micro-batch", "4", "--ranks", "0"], "--ranks: must be positive"),
         (["measure", "--matrix", "README.md"], "README.md: something else than the page 'Predicted against measured"),
         (["scaling", "--report", "docs/large-models.md"], "something else than the page 'Scaling: what many GPUs"),
-        (["nodes", "--report", "docs"], "docs: something else than the page 'Large models on one node' is there"),
-        (["nodes", "--report", "/proc/1/page.md"], "/proc/1/page.md: /proc/1 can't be written to; give another path"),
+        (
+            ["nodes", "--report", "docs"],
+            "docs: Is a directory; give another path for the page 'Large models on one node'",
+        ),
+        (["nodes", "--report", "README.md/page.md"], "README.md/page.md: something else than the page"),
         (["measure", "--micro-batch", "4", "--feed"], "data.train: no training manifest"),
         (["measure", "--micro-batch", "4", "--feed", "--gpus", "8xABC"], "--gpus: expected"),
     ],
@@ -114,6 +118,22 @@ def test_mistakes_end_with_one_line_and_code_2(arguments, message, capsys, monke
     assert said.err.startswith("memprof: error: ")
     assert said.err.count("\n") == 1
     assert message in said.err
+
+
+def test_a_page_replaces_one_of_its_title_alone(tmp_path, monkeypatch):
+    page, title = tmp_path / "new" / "page.md", "# Ours"
+    asking.check_page(page, title)
+    assert not page.parent.exists()  # a mistake that is met later leaves nothing behind
+    for text in ("", f"{title}\n\nold"):
+        asking.write_page(page, text)
+        asking.check_page(page, title)
+    for text in ("\nprecious", "# Others"):
+        asking.write_page(page, text)
+        with pytest.raises(UserError, match="something else than the page 'Ours' is there"):
+            asking.check_page(page, title)
+    monkeypatch.setattr(asking.os, "access", lambda *_: False)
+    with pytest.raises(UserError, match="can't be written to"):
+        asking.check_page(tmp_path / "other.md", title)
 
 
 def test_a_mistake_in_a_process_of_its_own():

@@ -13,8 +13,9 @@ from everest_ds.memory import meters
 from everest_ds.memory.gpus import GIB, parse_capacity
 from everest_ds.memory.plan import plan
 from everest_ds.training import micro_batch, ranks
-from everest_ds.training.engine import build_model
+from everest_ds.training.engine import build_model, resolve
 from everest_ds.training.micro_batch import Room, fill_micro_batch, smallest_room
+from everest_ds.training.out_of_memory import explained
 
 MIB = 2**20
 DS = load_ds_config(DS_CONFIGS / "zero2.json")
@@ -110,3 +111,17 @@ def test_a_control_group_leaves_less(tmp_path):
     assert list(meters._left_in_control_groups(tmp_path)) == [1000 - 700 + 80]
     (tmp_path / "memory.max").write_text("max\n")
     assert list(meters._left_in_control_groups(tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "was_auto", "advice"),
+    [
+        ((), False, "try train.micro_batch=auto with train.global_batch=12, model.checkpointing=full, "),
+        ((), True, "try train.capacity=SIZE, less than was free, model.checkpointing=full, "),
+        (("train.capacity=1GiB", "model.checkpointing=full"), True, "try a smaller train.capacity, a ds_config with "),
+    ],
+)
+def test_out_of_memory_advises_what_was_not_tried(keys, was_auto, advice):
+    recipe = load_recipe(None, [*KEYS, *keys, "train.micro_batch=4"])
+    ds_config, batches = resolve(DS, recipe, build_model(recipe))
+    assert advice in str(explained(recipe, ds_config, batches, was_auto=was_auto))

@@ -71,13 +71,18 @@ def check_page(path: Path, title: str) -> None:
     Raises:
         UserError: something else is there, or nothing can be.
     """
-    there = next(place for place in (path, *path.absolute().parents) if place.exists())
-    first = b""
-    if there == path and path.is_file():
-        with path.open("rb") as file:
-            first = file.readline().rstrip(b"\n")
-    if (there == path) != path.is_file() or first not in (b"", title.encode()):
-        raise UserError(f"{path}: something else than the page '{title.lstrip('# ')}' is there; give another path")
+    shown = title.lstrip("# ")
+    try:
+        there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+        if there == path.absolute():
+            with path.open("rb") as file:
+                known = path.stat().st_size == 0 or file.readline().rstrip(b"\n") == title.encode()
+        else:
+            known = there.is_dir()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give another path for the page '{shown}'") from error
+    if not known:
+        raise UserError(f"{path}: something else than the page '{shown}' is there; give another path")
     if not os.access(there, os.W_OK):
         raise UserError(f"{path}: {there} can't be written to; give another path")
 

@@ -16,7 +16,12 @@ from everest_ds.config.errors import EXIT_USER_ERROR, UserError
 _LOG_LINES = 20
 # Large blocks go back to the system as soon as they are freed, so that the resident set is what is in use. It costs
 # page faults: for comparisons of memory, not of speed (mallopt(3)).
-_TRIM = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+_TRIM = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_MMAP_MAX_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_TOP_PAD_": "0",
+}
 
 
 def launch(

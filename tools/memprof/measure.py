@@ -53,10 +53,10 @@ def run(arguments: argparse.Namespace) -> int:
     # torch takes seconds to import: after the checks that don't need it.
     from everest_ds.memory.plan import device_type_here, plan  # noqa: PLC0415
 
-    fed = _feed(arguments, recipe) if arguments.feed else None
     planned = plan(recipe, ds_config, ranks=arguments.ranks, device_type=device_type_here())
     if planned.device_type == "cpu":
         check_room(planned)
+    fed = _feed(arguments, recipe) if arguments.feed else None
     jobs = [job(recipe, ds_config, steps=arguments.steps, name=planned.name)]
     per_rank = launch(jobs, ranks=arguments.ranks, trim=arguments.trim)[0]
     result = compare(planned, per_rank)

@@ -33,12 +33,12 @@ def run(arguments: argparse.Namespace) -> int:
         common.print_json(as_json(planned))
         return 0
     common.show(items_table(planned))
-    if planned.device_type == "cpu":
-        print(together(planned))
     if arguments.world_size > 1:
         common.show(traffic_table(planned))
     if arguments.sources:
         common.show(sources_table(planned))
+    if planned.device_type == "cpu":
+        print(together(planned))
     return 0
 
 
