@@ -6,8 +6,8 @@ from everest_ds.memory.plan import Plan
 
 _MIB = 2**20
 # Memory of a process's own, no file's, so that pages of libraries don't count. Measured (Anonymous in
-# /proc/PID/smaps_rollup, torch 2.14, DeepSpeed 0.19): `memprof measure` of
-# ViT-micro on two ranks under zero3_offload, less its tensors; and DeepSpeed's two launching processes together.
+# /proc/PID/smaps_rollup, torch 2.14, DeepSpeed 0.19): `memprof measure` of ViT-micro on two ranks under zero3_offload,
+# less its tensors; and DeepSpeed's two launching processes together.
 RANK_BYTES = 512 * _MIB
 LAUNCHER_BYTES = 600 * _MIB
 
