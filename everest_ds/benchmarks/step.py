@@ -332,7 +332,7 @@ def peak_bytes(runner: Runner) -> int:
     before = torch.get_device_module(device).memory_allocated(device)
     with DeviceMeter(device) as allocator:
         runner.run()
-    return allocator.allocated_bytes - int(before)
+    return allocator.peaks.allocated_bytes - int(before)
 
 
 def compare(size: str, runners: Sequence[Runner], tasks: Sequence[str]) -> list[Ratio]:

@@ -134,6 +134,12 @@ def precision(ds: dict[str, Any]) -> str:
     return next((name for name in ("bf16", "fp16") if ds.get(name, {}).get("enabled", False)), "fp32")
 
 
+def with_precision(ds_config: dict[str, Any], precision: str) -> dict[str, Any]:
+    """Return a DeepSpeed JSON that trains in another precision."""
+    others = {key: value for key, value in ds_config.items() if key not in ("bf16", "fp16")}
+    return others if precision == "fp32" else others | {precision: {"enabled": True}}
+
+
 def scaled_lr(lr_per_256: float, global_batch: int) -> float:
     """The linear scaling rule: rates are stated per 256 clips (paper, Table 7)."""
     return lr_per_256 * global_batch / 256

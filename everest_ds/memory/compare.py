@@ -16,6 +16,7 @@ from everest_ds.config.errors import UserError, nearest
 from everest_ds.config.load import load_recipe
 from everest_ds.config.schema import Recipe
 from everest_ds.config.sizes import SIZES
+from everest_ds.memory.overheads import Overheads
 from everest_ds.memory.plan import Plan, plan
 
 GPUS_PER_NODE = 8
@@ -122,12 +123,19 @@ def compare(question: Question, progress: Callable[[str], None] = lambda _: None
 
 
 def plan_any_batch(
-    recipe: Recipe, ds_config: Mapping[str, Any], *, ranks: int, accumulation: int = 1, device_type: str = "cuda"
+    recipe: Recipe,
+    ds_config: Mapping[str, Any],
+    *,
+    ranks: int,
+    accumulation: int = 1,
+    device_type: str = "cuda",
+    overheads: Overheads | None = None,
 ) -> Plan:
     """Plan a recipe at a micro-batch that stands for any; batch numbers in the recipe and the JSON are left out."""
     train = dataclasses.replace(recipe.train, micro_batch=1, global_batch=accumulation * ranks)
     ds = dict(ds_config) | dict.fromkeys((GLOBAL, MICRO, ACCUMULATION), AUTO)
-    return plan(dataclasses.replace(recipe, train=train), ds, ranks=ranks, device_type=device_type)
+    recipe = dataclasses.replace(recipe, train=train)
+    return plan(recipe, ds, ranks=ranks, device_type=device_type, overheads=overheads)
 
 
 def check_known(name: str, values: Iterable[str], known: tuple[str, ...]) -> None:

@@ -15,6 +15,7 @@ from everest_ds.config.schema import Recipe
 from everest_ds.memory.arithmetic import FLOPS_PER_MAC, StepMacs, step_macs
 from everest_ds.memory.compare import CHECKPOINTING, check_known, plan_any_batch
 from everest_ds.memory.gpus import Capacity
+from everest_ds.memory.overheads import overheads_for
 from everest_ds.memory.plan import Plan, name_of
 from everest_ds.models.backbone import use_fused_attention
 
@@ -91,7 +92,12 @@ def fit(
         for name, ds_config in ds_configs.items():
             progress(f"{name_of(changed.model)}, {name}, checkpointing {mode}")
             planned = plan_any_batch(
-                changed, ds_config, ranks=ranks, accumulation=accumulation, device_type=device_type
+                changed,
+                ds_config,
+                ranks=ranks,
+                accumulation=accumulation,
+                device_type=device_type,
+                overheads=overheads_for(device_type, capacity.card),
             )
             rows.append(_row(planned, name, capacity, macs))
     return rows

@@ -86,6 +86,11 @@ class Capacity:
         """The unit to report in, with its bytes: binary where the capacity was given so, else GB."""
         return ("GiB", GIB) if self.text.upper().endswith("IB") else ("GB", GB)
 
+    @property
+    def card(self) -> str | None:
+        """The GPU's name, if it was given by name."""
+        return None if self.gpu is None else self.gpu.name
+
     def __str__(self) -> str:
         both = f"{self.size_bytes / GB:.1f} GB = {self.size_bytes / GIB:.1f} GiB"
         return f"{self.text} ({both}{'' if self.gpu is None else ', data sheet'})"
@@ -127,6 +132,17 @@ def gpu_hint(text: str) -> str:
     if longer:
         return f"; did you mean {' or '.join(longer)}?"
     return nearest(text.upper(), GPUS) or f": {', '.join(GPUS)}"
+
+
+def same_card(name: str, driver_name: str) -> bool:
+    """Say whether a name, such as "A100-80", is of the card that the driver calls so ("NVIDIA A100-SXM4-80GB")."""
+    parts = [_plain(part) for part in name.split("-")]
+    return bool(name) and all(part in _plain(driver_name) for part in parts)
+
+
+def gpu_of_card(driver_name: str) -> Gpu | None:
+    """Return the row of :data:`GPUS` for what the driver calls a card; None where no row is of it."""
+    return next((gpu for gpu in GPUS.values() if same_card(gpu.name, driver_name)), None)
 
 
 def _plain(name: str) -> str:

@@ -7,7 +7,8 @@ import ctypes
 import gc
 import re
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -121,39 +122,94 @@ def states_bytes(device: torch.device) -> int:
     return int(torch.get_device_module(device).memory_allocated(device))
 
 
+@dataclass(frozen=True, kw_only=True)
+class DevicePeaks:
+    """Highest bytes of a device's allocator, and what the driver reports.
+
+    ``requested_bytes`` is what tensors ask for, ``allocated_bytes`` their blocks as rounded, ``active_bytes`` adds
+    blocks that another stream may still use, ``reserved_bytes`` are the allocator's segments. ``driver_bytes`` is used
+    on the device at the end, by every process: the allocator keeps what it reserved, so that is its peak, too.
+    ``retries``: how often the allocator gave back what it kept, to find room.
+    """
+
+    requested_bytes: int
+    allocated_bytes: int
+    active_bytes: int
+    reserved_bytes: int
+    driver_bytes: int
+    retries: int
+
+
 class DeviceMeter:
-    """A device allocator's peaks while it is entered: allocated, reserved, and what the driver reports as used."""
+    """Reads a device allocator's :class:`DevicePeaks` of the time in which it is entered into ``peaks``."""
+
+    peaks: DevicePeaks
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._module: Any = torch.get_device_module(device)
-        self.allocated_bytes = 0
-        self.reserved_bytes = 0
-        self.driver_bytes = 0
 
     def __enter__(self) -> DeviceMeter:
         self._module.synchronize(self._device)
         self._module.reset_peak_memory_stats(self._device)
+        self._retries = self._stats().get("num_alloc_retries", 0)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._module.synchronize(self._device)
-        self.allocated_bytes = int(self._module.max_memory_allocated(self._device))
-        self.reserved_bytes = int(self._module.max_memory_reserved(self._device))
-        # Every process's on the device. The allocator keeps what it reserved, so this is its peak too.
+        stats = self._stats()
         free, total = self._module.mem_get_info(self._device)
-        self.driver_bytes = int(total - free)
+        self.peaks = DevicePeaks(
+            requested_bytes=stats["requested_bytes.all.peak"],
+            allocated_bytes=stats["allocated_bytes.all.peak"],
+            active_bytes=stats["active_bytes.all.peak"],
+            reserved_bytes=stats["reserved_bytes.all.peak"],
+            driver_bytes=int(total - free),
+            retries=stats.get("num_alloc_retries", 0) - self._retries,
+        )
+
+    def _stats(self) -> dict[str, int]:
+        return self._module.memory_stats(self._device)
+
+
+def peak_of(work: Callable[[], object], device: torch.device) -> tuple[int, DevicePeaks | None]:
+    """Do something; return its peak bytes: of tensor storages on a CPU, else of the device's allocator, with the rest.
+
+    What was there before is counted too.
+    """
+    if device.type == "cpu":
+        with StorageMeter() as storages:
+            work()
+        return storages.peak_bytes, None
+    with DeviceMeter(device) as allocator:
+        work()
+    return allocator.peaks.allocated_bytes, allocator.peaks
+
+
+def forget_workspaces(device: torch.device) -> None:
+    """Let cuBLAS give back the workspaces that it keeps for each thread, and the allocator what it keeps unused.
+
+    A process that measures several engines begins each of them as if it were the first.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
-def allocator_snapshot(device: torch.device, path: Path | None) -> Iterator[None]:
-    """Record a CUDA allocator's history and write it to ``path`` (for pytorch.org/memory_viz); None: don't."""
+def allocator_snapshot(device: torch.device, path: Path | None, *, stacks: bool = True) -> Iterator[None]:
+    """Record a CUDA allocator's history and write it to ``path`` (for pytorch.org/memory_viz); None: don't.
+
+    ``stacks``: with the lines of code that called the allocator, which slows it down and makes a larger file.
+    """
     if path is None or device.type != "cuda":
         yield
         return
-    torch.cuda.memory._record_memory_history(max_entries=1_000_000)
+    torch.cuda.memory._record_memory_history(context="all" if stacks else None, max_entries=1_000_000)
     try:
         yield
     finally:

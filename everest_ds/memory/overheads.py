@@ -1,8 +1,21 @@
-"""What a rank's device holds besides tensors. Each number is named, stated with its source, and can be overridden."""
+"""What a rank's device holds besides tensors. Each number is named, stated with its source, and can be overridden.
+
+What was measured on a card stands in ``cards.json`` beside this file, by the card's name; ``tools/gpu_check.py`` writes
+it. For all other cards there are assumptions.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from everest_ds.memory.gpus import same_card
 
 # Of what is free, left alone where nobody states a capacity: allocators (CUDA's and the C library's) can't use every
 # hole between blocks, how much depends on history, and the plan leaves it out. An assumption.
@@ -42,6 +55,32 @@ NONE = Overheads()
 CUDA = Overheads(context_bytes=500 * _MIB, communication_bytes=300 * _MIB, libraries_bytes=32 * _MIB, granule_bytes=512)
 
 
-def overheads_for(device_type: str) -> Overheads:
-    """The stated overheads of a kind of device; none on a CPU."""
-    return CUDA if device_type == "cuda" else NONE
+CARDS = Path(__file__).with_name("cards.json")
+
+
+def overheads_for(device_type: str, card: str | None = None) -> Overheads:
+    """Return the overheads of a kind of device: none on a CPU; a card's own where they were measured.
+
+    Args:
+        device_type: "cuda" or "cpu".
+        card: a GPU's name, the driver's or one of :data:`everest_ds.memory.gpus.GPUS`; None: the one in this machine.
+    """
+    if device_type != "cuda":
+        return NONE
+    name = card_here() if card is None else card
+    measured = next((constants for known, constants in _measured().items() if same_card(name, known)), None)
+    if measured is None:
+        return CUDA
+    return dataclasses.replace(
+        CUDA, context_bytes=measured["context_bytes"], libraries_bytes=measured["libraries_bytes"]
+    )
+
+
+def card_here() -> str:
+    """Return the driver's name of this process's GPU; "" where there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
+@cache
+def _measured() -> dict[str, dict[str, Any]]:
+    return json.loads(CARDS.read_text(encoding="utf-8"))

@@ -55,16 +55,22 @@ def build_model(recipe: Recipe) -> MaskedAutoencoder | VideoClassifier:
 def describe(model: nn.Module, width: int, world_size: int) -> Facts:
     """Collect what "auto" values of a DeepSpeed JSON depend on."""
     sizes = [parameter.numel() for parameter in model.parameters()]
-    accelerator = get_accelerator()
     return Facts(
         parameters=sum(sizes),
         largest=max(sizes),
         width=width,
         ranks=world_size,
         on_cpu=ranks.on_cpu(),
-        bf16_supported=bool(accelerator.is_bf16_supported()),
-        fp16_supported=bool(accelerator.is_fp16_supported()),
+        bf16_supported=supports("bf16"),
+        fp16_supported=supports("fp16"),
     )
+
+
+def supports(precision: str) -> bool:
+    """Say whether the accelerator computes in fp32, bf16 or fp16."""
+    accelerator = get_accelerator()
+    halves = {"bf16": accelerator.is_bf16_supported, "fp16": accelerator.is_fp16_supported}
+    return precision not in halves or bool(halves[precision]())
 
 
 def check_ds_config(ds: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import deepspeed.comm
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch import Tensor
 
 from everest_ds.config.batches import ACCUMULATION, GLOBAL, MICRO, Batches
 from everest_ds.config.ds_config import zero_stage
@@ -58,7 +60,8 @@ class Measured:
     """One rank's measurement. Bytes and seconds.
 
     ``measured_peak_bytes``: of a step, tensor storages (CPU) or the device allocator, as ``measured_by`` says.
-    ``states_bytes``: held between steps. ``step_s`` is the median, ``step_spread_s`` the slowest less the fastest.
+    ``states_bytes``: tensors held between steps. ``device_memory``: :class:`everest_ds.memory.meters.DevicePeaks` of a
+    step, empty on a CPU. ``step_s`` is the median, ``step_spread_s`` the slowest less the fastest.
     ``flops_per_s``: two per multiply-accumulate of matrix products, forward and backward, nothing for recomputation.
     ``messages``: bytes of a step's messages by collective, as DeepSpeed's comms logger counts them.
     """
@@ -79,20 +82,27 @@ class Measured:
 
 
 def measure(recipe: Recipe, raw_ds_config: dict[str, Any], *, steps: int = 3, snapshot: Path | None = None) -> Measured:
-    """Build an engine, run steps, and measure this rank; the group must have been joined (``ranks.start``)."""
+    """Build an engine, run steps, and measure this rank; the group must have been joined (``ranks.start``).
+
+    ``snapshot``: where the allocator's history of one step goes, without stacks; None: nowhere.
+    """
+    device = ranks.device()
     # A process may measure several engines, and DeepSpeed leaves parts of an earlier one behind.
-    leftover = meters.states_bytes(ranks.device())
+    meters.forget_workspaces(device)
+    leftover = meters.states_bytes(device)
     resident = meters.ResidentMeter()
-    run, device = _Run.start(recipe, raw_ds_config), ranks.device()
+    run = Run.start(recipe, raw_ds_config)
     for _ in range(_WARM_UP_STEPS_ZERO3 if zero_stage(run.ds_config) == 3 else _WARM_UP_STEPS):
         run.step()
     meters.return_free_memory()
     resident.forget_peak()
-    seconds = [_timed(run.step) for _ in range(steps)]
+    seconds = [timed(run.step) for _ in range(steps)]
     rss_growth = resident.growth_bytes()
+    with meters.allocator_snapshot(device, snapshot, stacks=False):
+        peak, device_peaks = meters.peak_of(run.step, device)
+    # Only now: until here the allocator keeps what it reserved, as in training. The plan counts workspaces with a step.
+    meters.forget_workspaces(device)
     held = meters.states_bytes(device) - leftover - (_bytes(run.batch) if device.type == "cpu" else 0)
-    with meters.allocator_snapshot(device, snapshot):
-        peak, device_memory = _peak(run.step, device)
     messages = _messages(run.step)
     step_s = statistics.median(seconds)
     clips_per_s = run.batches.micro * run.batches.accumulation / step_s
@@ -104,7 +114,7 @@ def measure(recipe: Recipe, raw_ds_config: dict[str, Any], *, steps: int = 3, sn
         measured_by="tensor storages" if device.type == "cpu" else "device allocator",
         states_bytes=held,
         rss_growth_bytes=rss_growth,
-        device_memory=device_memory,
+        device_memory={} if device_peaks is None else dataclasses.asdict(device_peaks),
         step_s=step_s,
         step_spread_s=max(seconds) - min(seconds),
         clips_per_s=clips_per_s,
@@ -116,7 +126,7 @@ def measure(recipe: Recipe, raw_ds_config: dict[str, Any], *, steps: int = 3, sn
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Run:
+class Run:
     """What a step needs: as in training/loop.py, but for the same clips at every step."""
 
     built: Built
@@ -127,7 +137,8 @@ class _Run:
     average: Average | None
 
     @classmethod
-    def start(cls, recipe: Recipe, raw_ds_config: dict[str, Any]) -> _Run:
+    def start(cls, recipe: Recipe, raw_ds_config: dict[str, Any]) -> Run:
+        """Build the engine, and clips of random bytes."""
         model = build_model(recipe)
         ds_config, batches = resolve(raw_ds_config, recipe, model)
         built = initialise(model, recipe, ds_config)
@@ -144,8 +155,8 @@ class _Run:
             average=build_average(built.engine.module, recipe),
         )
 
-    def step(self) -> None:
-        """Run one optimizer step."""
+    def step(self) -> Tensor:
+        """Run one optimizer step; return its mean loss, unread."""
         engine, losses = self.built.engine, []  # losses live as long as in training/loop.py
         for _ in range(self.batches.accumulation):
             loss = self.objective(engine, self.batch)
@@ -154,6 +165,7 @@ class _Run:
             engine.step()
         if self.average is not None:
             self.average.update()
+        return torch.stack(losses).mean()
 
 
 def with_heaviest_mixing(recipe: Recipe) -> Recipe:
@@ -174,31 +186,17 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     seconds: list[float] = []
     # A CPU without bf16 arithmetic takes seconds for one.
     while len(seconds) < _MATMULS and sum(seconds) < _MATMULS_S:
-        seconds.append(_timed(lambda: left @ right))
+        seconds.append(timed(lambda: left @ right))
     return 2 * side**3 / min(seconds)
 
 
-def _timed(work: Any) -> float:
+def timed(work: Callable[[], object]) -> float:
+    """Return the seconds that something takes, the device waited for."""
     get_accelerator().synchronize()
     start = time.perf_counter()
     work()
     get_accelerator().synchronize()
     return time.perf_counter() - start
-
-
-def _peak(step: Any, device: torch.device) -> tuple[int, dict[str, int]]:
-    if device.type == "cpu":
-        with meters.StorageMeter() as meter:
-            step()
-        return meter.peak_bytes, {}
-    with meters.DeviceMeter(device) as device_meter:
-        step()
-    memory = {
-        "allocated_bytes": device_meter.allocated_bytes,
-        "reserved_bytes": device_meter.reserved_bytes,
-        "driver_bytes": device_meter.driver_bytes,
-    }
-    return device_meter.allocated_bytes, memory
 
 
 def _messages(step: Any) -> dict[str, int]:

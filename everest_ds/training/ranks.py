@@ -67,11 +67,7 @@ def start() -> None:
         raise UserError("the launcher doesn't say how many ranks a node has: set LOCAL_RANK and LOCAL_WORLD_SIZE")
     own_ninja_first()
     address = _choose_interface()
-    if on_cpu():
-        # Built and started on every CPU, 66 MiB a rank that a killed one leaves behind, and used in inference alone:
-        # training sums through gloo (DeepSpeed comm/torch.py).
-        deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_OP] = False
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    attach_deepspeed()
     # Among the hosts, by gloo: for what they agree on between steps. On a GPU the other group's messages are its own.
     global _control  # noqa: PLW0603 - one process group per process, as torch has it
     _control = dist.new_group(backend="gloo", timeout=_PATIENCE)
@@ -84,6 +80,15 @@ def start() -> None:
         get_accelerator().set_device(local_rank())
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
+
+
+def attach_deepspeed() -> None:
+    """Let DeepSpeed send through torch's process group, which it makes if there is none."""
+    if on_cpu():
+        # Built and started on every CPU, 66 MiB a rank that a killed one leaves behind, and used in inference alone:
+        # training sums through gloo (DeepSpeed comm/torch.py).
+        deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_OP] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
 class LostNodeError(LostRankError, RankError):

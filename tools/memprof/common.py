@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from everest_ds.config.ds_config import load_ds_config
+from everest_ds.config.ds_config import load_ds_config, with_precision
 from everest_ds.config.errors import UserError
 from everest_ds.config.finetuning import PHASES
 from everest_ds.config.load import load_as
@@ -79,12 +79,6 @@ def ds_config_from(arguments: argparse.Namespace) -> dict[str, Any]:
     """Load the DeepSpeed JSON, with ``--precision`` put in."""
     ds_config = load_ds_config(arguments.ds_config)
     return with_precision(ds_config, arguments.precision) if arguments.precision else ds_config
-
-
-def with_precision(ds_config: dict[str, Any], precision: str) -> dict[str, Any]:
-    """Return a DeepSpeed JSON that trains in another precision."""
-    others = {key: value for key, value in ds_config.items() if key not in ("bf16", "fp16")}
-    return others if precision == "fp32" else others | {precision: {"enabled": True}}
 
 
 def print_json(value: Any) -> None:

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from everest_ds.config.ds_config import load_ds_config
+from everest_ds.config.ds_config import load_ds_config, with_precision
 from everest_ds.config.finetuning import PHASES
 from everest_ds.config.load import load_as
 from everest_ds.config.schema import Recipe
 from everest_ds.memory.plan import device_type_here, name_of, plan
 from everest_ds.memory.traffic import message_bytes
 from tools.memprof import asking
-from tools.memprof.common import with_precision
 from tools.memprof.launch import launch
 from tools.memprof.measure import job
 

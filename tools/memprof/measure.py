@@ -154,12 +154,14 @@ def comparison_table(result: dict[str, Any]) -> Table:
     table = Table(title=f"one rank, measured by {result['measured_by']}")
     for column in ("", "predicted", "measured", "residual"):
         table.add_column(column, justify="right" if column else "left")
-    rows = (
+    rows = [
         ("peak of a step", result["compared_bytes"], result["measured_peak_bytes"]),
         ("held between steps", result["predicted_states_bytes"], result["states_bytes"]),
-        ("resident set growth", result["predicted_resident_bytes"], result["rss_growth_bytes"]),
         ("messages of a step", result["predicted_message_bytes"], result["message_bytes"]),
-    )
+    ]
+    # With a GPU the resident set is mostly the driver's and the libraries', of which no plan speaks.
+    if result["config"]["device_type"] == "cpu":
+        rows.append(("resident set growth", result["predicted_resident_bytes"], result["rss_growth_bytes"]))
     for name, predicted, measured in rows:
         residual = measured - predicted
         share = f"{common.size(residual)} ({100 * residual / max(measured, 1):+.2f} %)"
