@@ -85,7 +85,10 @@ class Check:
     def _write(self, rows: Sequence[Row]) -> None:
         name = page.file_name(rows, self.device, tiny=self.tiny)
         numbers = {"command": self.command, "device": self.device, "rows": [row.as_json() for row in rows]}
-        texts = {".json": json.dumps(numbers, indent=1) + "\n", ".md": page.markdown(rows, command=self.command)}
+        texts = {
+            ".json": json.dumps(numbers, indent=1) + "\n",
+            ".md": page.markdown(rows, command=self.command, tiny=self.tiny),
+        }
         for suffix, text in texts.items():
             path = self.out / f"{name}{suffix}"
             if len({row.part for row in rows}) == 1:

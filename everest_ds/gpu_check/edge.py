@@ -30,8 +30,7 @@ def cases(asked: Asked) -> Iterator[Case]:
     ranks.start()
     setting = EDGE_TINY if asked.tiny else EDGE[0]
     found: dict[int, bool] = {}
-    if asked.device == "cpu":
-        _try_batch(setting, 1, asked)  # loads libraries before anything counts
+    _try_batch(setting, 1, asked)  # what is loaded at first use doesn't count
     base = _Base.now(asked)
     named = plans.wait_for(setting, asked).fits
 

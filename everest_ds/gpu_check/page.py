@@ -66,7 +66,7 @@ def file_name(rows: Sequence[Row], device: str, *, tiny: bool) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", card).strip("-") + ("-tiny" if tiny else "")
 
 
-def markdown(rows: Sequence[Row], *, command: str) -> str:
+def markdown(rows: Sequence[Row], *, command: str, tiny: bool = False) -> str:
     """Return the page."""
     machine = _description(rows)
     counted = Counter(row.status for row in rows)
@@ -75,6 +75,7 @@ def markdown(rows: Sequence[Row], *, command: str) -> str:
         "",
         f"Written by `{command}` on {machine.get('date', 'an unknown day')}: {counted['ok']} cases ok, "
         f"{counted['failed']} failed, {counted['not run']} not run. The numbers are in the JSON file beside this page.",
+        *(["", "Tiny: vit_micro with a few clips stands for every model that is named."] if tiny else []),
     ]
     for part in PARTS:
         of_part = [row for row in rows if row.part == part.name]
