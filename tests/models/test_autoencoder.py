@@ -55,7 +55,7 @@ def test_every_parameter_gets_a_gradient(config):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_loss_is_the_mean_squared_error_and_holds_only_itself(method):
-    """The loop keeps every pass's loss to the end of the step: F.mse_loss's keeps a prediction-sized storage with it."""
+    """The loop keeps each pass's loss to the end of a step; F.mse_loss's sits in a prediction-sized storage."""
     config = small(method=method)
     model, some = MaskedAutoencoder(config), clips(config)
     out = model(some)
