@@ -115,5 +115,6 @@ activation_checkpointing activation_checkpointing.partition_activations activati
 activation_checkpointing.cpu_checkpointing aio aio.block_size flops_profiler flops_profiler.enabled
 flops_profiler.profile_step tensorboard tensorboard.enabled tensorboard.output_path csv_monitor wandb comms_logger
 elasticity elasticity.enabled autotuning autotuning.enabled compression_training data_efficiency checkpoint
-checkpoint.tag_validation checkpoint.load_universal torch_autocast torch_autocast.enabled compile compile.backend
+checkpoint.tag_validation checkpoint.load_universal timers timers.throughput
+timers.throughput.enabled torch_autocast torch_autocast.enabled compile compile.backend
 """.split()

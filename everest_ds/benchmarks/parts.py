@@ -12,7 +12,10 @@ from everest_ds.training import ranks
 # Part of a step -> beginnings of the names of torch's operators.
 PARTS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::linear", "aten::_addmm", "aten::convolution", "aten::mkldnn"),
-    "attention": ("aten::bmm", "aten::baddbmm", "aten::_softmax", "aten::_scaled_dot", "aten::_flash", "aten::_effic"),
+    "attention": (
+        *("aten::bmm", "aten::baddbmm", "aten::_softmax", "aten::_scaled_dot", "aten::_flash", "aten::_effic"),
+        "aten::_cudnn_attention",
+    ),
     "norms": ("aten::native_layer_norm",),
     "activation function": ("aten::gelu",),
     "sums for biases": ("aten::sum",),

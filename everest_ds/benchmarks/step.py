@@ -299,11 +299,16 @@ def product_rate(shape: Shape, dtype: torch.dtype) -> float:
     """FLOP/s of the plain matrix product of a (rows, in) and an (in, out) matrix: the fastest of a few."""
     rows, inner, columns = shape
     left, right = (torch.rand(*sides, device=ranks.device()).to(dtype) for sides in ((rows, inner), (inner, columns)))
-    left @ right
+    product = left @ right
     number = 1 if ranks.on_cpu() else _PRODUCTS_IN_A_ROW
+
+    def multiply() -> None:
+        for _ in range(number):
+            torch.matmul(left, right, out=product)
+
     seconds: list[float] = []
     while sum(seconds) < _PRODUCTS_S:
-        seconds.append(timed(lambda: [left @ right for _ in range(number)]))
+        seconds.append(timed(multiply))
     return number * 2 * rows * inner * columns / min(seconds)
 
 

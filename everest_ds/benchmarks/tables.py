@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 
+from everest_ds.training import ranks
 from everest_ds.training.doctor.host import processor
 
 
 def machine() -> str:
     """Describe in one line what a benchmark runs on."""
-    accelerator = get_accelerator()
-    device = "" if accelerator.device_name() == "cpu" else f"{accelerator.current_device_name()}; "
+    device = "" if ranks.on_cpu() else f"{ranks.device_name()}; "
     # Settings of glibc's allocator, which decide how many pages of a CPU step are zeroed anew (mallopt(3)).
     allocator = "".join(f", {name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_"))
     return (

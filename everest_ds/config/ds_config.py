@@ -11,7 +11,7 @@ from typing import Any
 
 from everest_ds.config.batches import AUTO, Batches
 from everest_ds.config.ds_values import check_plain_values
-from everest_ds.config.ds_zero import OFFLOADS, check_zero
+from everest_ds.config.ds_zero import OFFLOADS, PARTITIONED, check_zero
 from everest_ds.config.errors import UserError, nearest, shown
 from everest_ds.config.files import LARGEST_SETTINGS_BYTES, read_bounded
 from everest_ds.config.json_text import parse_json
@@ -38,8 +38,8 @@ _TOP_LEVEL_KEYS = """
 activation_checkpointing aio amp autotuning bf16 checkpoint comet comms_logger communication_data_type compile
 compression_training csv_monitor data_efficiency data_types dump_state elasticity flops_profiler fp16
 gradient_accumulation_steps gradient_clipping gradient_predivide_factor load_universal_checkpoint memory_breakdown
-monitor_config optimizer prescale_gradients scheduler seed sparse_gradients steps_per_print tensorboard torch_autocast
-train_batch_size train_micro_batch_size_per_gpu wall_clock_breakdown wandb zero_allow_untested_optimizer
+monitor_config optimizer prescale_gradients scheduler seed sparse_gradients steps_per_print tensorboard timers
+torch_autocast train_batch_size train_micro_batch_size_per_gpu wall_clock_breakdown wandb zero_allow_untested_optimizer
 zero_force_ds_cpu_optimizer zero_optimization
 """.split()  # noqa: SIM905
 
@@ -96,7 +96,7 @@ def resolve_ds_config(raw: dict[str, Any], recipe: Recipe, facts: Facts) -> tupl
     _fill_precision(ds, facts)
     _fill_optimizer(ds, recipe.optim, batches)
     zero = _section(ds, "zero_optimization")
-    _fill(zero, _zero_rules(facts))
+    _fill(zero, _zero_rules(facts, _stage(zero)))
     for name in OFFLOADS:
         _fill(_section(zero, name, "zero_optimization."), {"pin_memory": not facts.on_cpu})
     check_zero(ds, _stage(zero), ranks=facts.ranks, on_cpu=facts.on_cpu)
@@ -107,8 +107,10 @@ def resolve_ds_config(raw: dict[str, Any], recipe: Recipe, facts: Facts) -> tupl
     unfilled = list(_autos(ds))
     if unfilled:
         raise UserError(f"ds_config {unfilled[0]}: 'auto' can't be filled here; give a value")
-    # Progress and metrics are ours; DeepSpeed's own line per ten steps says the same again.
+    # Progress and metrics are ours; DeepSpeed's own line per ten steps says the same again, and the clock behind it
+    # waits for the device twice in every pass (utils/timer.py, ThroughputTimer).
     ds.setdefault("steps_per_print", 2**31)
+    ds["timers"] = {"throughput": {"enabled": False}} | _section(ds, "timers")
     return ds, batches
 
 
@@ -160,9 +162,13 @@ def _optimizer_rules(optim: OptimConfig, batches: Batches) -> dict[str, Any]:
     }
 
 
-def _zero_rules(facts: Facts) -> dict[str, Any]:
+def _zero_rules(facts: Facts, stage: int) -> dict[str, Any]:
     bucket = bucket_elements(facts)
     return {
+        # At stages 1 and 2 the host waits for the device at the end of a backward pass, so that gradients may travel
+        # beside it (stage_1_and_2.py, independent_gradient_partition_epilogue): one rank would wait for nothing. Stage
+        # 3 doesn't wait, and brings offloaded parameters to the device on the stream that this makes.
+        "overlap_comm": facts.ranks > 1 or stage == PARTITIONED,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
         "stage3_prefetch_bucket_size": bucket,

@@ -60,6 +60,8 @@ _RULES: dict[str, _Rule] = {
     "prescale_gradients": _TRUTH,
     "sparse_gradients": _TRUTH,
     "steps_per_print": _COUNT,
+    "timers.throughput.enabled": _TRUTH,
+    "timers.throughput.synchronized": _TRUTH,
     "torch_autocast.enabled": _TRUTH,
     "wall_clock_breakdown": _TRUTH,
     "zero_allow_untested_optimizer": _TRUTH,

@@ -13,7 +13,7 @@ from everest_ds.config.errors import UserError, shown
 # What can be offloaded, from which ZeRO stage on.
 OFFLOADS = {"offload_optimizer": 1, "offload_param": 3}
 NVME = "nvme"
-_PARTITIONED = 3
+PARTITIONED = 3  # the stage that cuts the parameters, too
 # Adam's master, two moments and gradient (zero/offload_config.py, buffer_count).
 SWAP_BUFFERS = 4
 
@@ -96,7 +96,7 @@ def _check_offload(zero: dict[str, Any], name: str, stage: int, least: int) -> N
         return
     key = f"zero_optimization.{name}"
     if device == NVME:
-        least = _PARTITIONED
+        least = PARTITIONED
     if stage < least:
         raise UserError(f"ds_config {key}: {'NVMe ' if device == NVME else ''}needs ZeRO stage {least} or higher")
     if device != NVME:
@@ -122,7 +122,7 @@ def _check_hpz(zero: dict[str, Any], stage: int, ranks: int) -> None:
         )
     if size == 1:
         return
-    if stage != _PARTITIONED:
+    if stage != PARTITIONED:
         raise UserError("ds_config zero_optimization.zero_hpz_partition_size: needs ZeRO stage 3")
     if ranks % size:
         raise UserError(

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-_MSE_LOSS = torch.ops.aten.mse_loss.default
 _ROWS = 128  # query rows are padded to whole tiles
 _CHANNELS = 32
 _FP32_BYTES = 4
@@ -25,14 +24,3 @@ def cuda_workspace_bytes(func: Any, args: tuple[Any, ...]) -> int:
     batch, heads, rows, channels = args[1].shape
     rows, channels = -(-rows // _ROWS) * _ROWS, -(-channels // _CHANNELS) * _CHANNELS
     return int(batch * heads * rows * (channels + 1) * _FP32_BYTES)
-
-
-def result_bytes(func: Any, args: tuple[Any, ...]) -> int:
-    """Bytes of a result whose storage is larger than the tensor in it.
-
-    The scalar that mse_loss returns sits in a storage as large as the prediction, allocated before the reduction is
-    known and never written, for as long as the loss lives (measured on CPU with torch 2.14, where such pages don't
-    become resident; pytorch/aten/src/ATen/native/Loss.cpp serves CUDA too).
-    """
-    reduced = func is _MSE_LOSS and (len(args) < 3 or args[2] != 0)
-    return int(args[0].numel() * args[0].element_size()) if reduced else 0

@@ -27,7 +27,7 @@ from everest_ds.memory.step import Step
 from everest_ds.memory.step_zero3 import StepZero3
 from everest_ds.memory.step_zero12 import StepZero12
 from everest_ds.memory.timeline import Curve
-from everest_ds.memory.trace import UNWRITTEN, StepTrace, TraceSpec, count_parameters, trace_one_clip, trace_step
+from everest_ds.memory.trace import StepTrace, TraceSpec, count_parameters, trace_one_clip, trace_step
 
 _STEPS: dict[int, type[Step]] = {0: Step, 1: StepZero12, 2: StepZero12, 3: StepZero3}
 _LARGEST_BATCH = 1 << 20
@@ -94,13 +94,6 @@ class Plan:
     def process_peak_bytes(self) -> int:
         """Device and host together: what a process that computes on the CPU holds."""
         return self.predicted_peak_bytes + sum(self.host.values())
-
-    @property
-    def resident_peak_bytes(self) -> int:
-        """What of :attr:`process_peak_bytes` is ever written, and so is in the resident set of a CPU process."""
-        batch = self.batches.micro
-        curves = self.one_clip_curves if batch == 1 else self.curves
-        return max(curve.peak(batch, without=UNWRITTEN) for curve in curves) + sum(self.host.values())
 
     @property
     def states_bytes(self) -> int:

@@ -47,14 +47,10 @@ class StorageWatch(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for value in tree_iter(out):
             if isinstance(value, Tensor):
-                self.watch(value, least_bytes=self.least_bytes(func, args))
+                self.watch(value)
         return out
 
-    def least_bytes(self, func: Any, args: tuple[Any, ...]) -> int:  # noqa: ARG002
-        """Bytes that an operator's result takes at least, where its storage doesn't say so."""
-        return 0
-
-    def watch(self, tensor: Tensor, *, least_bytes: int = 0) -> int:
+    def watch(self, tensor: Tensor) -> int:
         """Start counting a tensor's storage, if it isn't counted already.
 
         Returns:
@@ -68,7 +64,7 @@ class StorageWatch(TorchDispatchMode):
             block, self._next = self._next, self._next + 1
             self._blocks[address] = block
             self._references[address] = weakref.ref(storage, partial(self._died, address))
-            self._observer.born(block, max(storage.nbytes(), least_bytes))
+            self._observer.born(block, storage.nbytes())
         return self._blocks[address]
 
     def ignore(self, tensor: Tensor) -> None:

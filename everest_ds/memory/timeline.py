@@ -57,16 +57,14 @@ class Curve:
         sizes = self.fixed + batch * self.per_clip
         return -(-sizes // granule) * granule
 
-    def live(self, batch: int, granule: int = 1, without: str | None = None) -> NDArray[np.int64]:
-        """Live bytes after each event; blocks labelled ``without`` don't count."""
+    def live(self, batch: int, granule: int = 1) -> NDArray[np.int64]:
+        """Live bytes after each event."""
         sizes = self.sizes(batch, granule)
-        if without is not None:
-            sizes = sizes * np.array([label != without for label in self.labels])
         return np.cumsum(np.sign(self.events) * sizes[np.abs(self.events) - 1])
 
-    def peak(self, batch: int, granule: int = 1, without: str | None = None) -> int:
+    def peak(self, batch: int, granule: int = 1) -> int:
         """Highest live bytes."""
-        return int(self.live(batch, granule, without).max())
+        return int(self.live(batch, granule).max())
 
     def at_peak(self, batch: int, granule: int = 1) -> dict[str, int]:
         """Bytes by label at the (first) moment of the peak; they sum to :meth:`peak`."""

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from everest_ds.config.finetuning import FinetuneRecipe
 from everest_ds.config.schema import ModelConfig, Recipe
 from everest_ds.memory.autocast import cuda_like_autocast
-from everest_ds.memory.kernels import cuda_workspace_bytes, result_bytes
+from everest_ds.memory.kernels import cuda_workspace_bytes
 from everest_ds.memory.objectives import Mixing, heaviest_mixing, loss_of, random_batch
 from everest_ds.memory.storages import StorageWatch
 from everest_ds.memory.timeline import Timeline
@@ -158,7 +158,6 @@ class StepTrace:
 
 
 SAVED, INPUTS = "saved activations", "inputs"
-UNWRITTEN = "loss (allocated, never written)"
 
 
 @lru_cache(maxsize=64)
@@ -221,7 +220,6 @@ class _Recorder:
         self.closed = False
         self.inputs: set[int] = set()
         self.gradients: set[int] = set()
-        self.unwritten: set[int] = set()
 
     def born(self, block: int, size_bytes: int) -> None:
         self.events.append(Born(block, size_bytes, self.stack[-1], self.backward))
@@ -237,11 +235,10 @@ class _Recorder:
 
 
 class _Watch(StorageWatch):
-    """Adds what fake kernels don't show: CUDA workspaces, and results larger than they look."""
+    """Adds what fake kernels don't show: CUDA workspaces."""
 
     def __init__(self, recorder: _Recorder, cuda: bool) -> None:
         super().__init__(recorder, "meta")
-        self._recorder = recorder
         self._cuda = cuda
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -250,17 +247,6 @@ class _Watch(StorageWatch):
         if scratch is not None:
             self.watch(scratch)
         return super().__torch_dispatch__(func, types, args, kwargs)
-
-    def least_bytes(self, func: Any, args: tuple[Any, ...]) -> int:
-        """See :meth:`StorageWatch.least_bytes`."""
-        return result_bytes(func, args)
-
-    def watch(self, tensor: Tensor, *, least_bytes: int = 0) -> int:
-        """See :meth:`StorageWatch.watch`; what is larger than it looks is never written."""
-        block = super().watch(tensor, least_bytes=least_bytes)
-        if least_bytes > tensor.untyped_storage().nbytes():
-            self._recorder.unwritten.add(block)
-        return block
 
 
 def _build(spec: TraceSpec) -> MaskedAutoencoder | VideoClassifier:
@@ -413,8 +399,6 @@ def _labels(recorder: _Recorder) -> Iterator[str]:
     for block, birth in sorted(births.items()):
         if block in recorder.inputs:
             yield INPUTS
-        elif block in recorder.unwritten:
-            yield UNWRITTEN
         elif block in recorder.gradients:
             yield "gradients"
         elif birth.backward:

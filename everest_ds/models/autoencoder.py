@@ -6,7 +6,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
@@ -136,7 +135,7 @@ class MaskedAutoencoder(nn.Module):
         prediction = self.decoder(self.encoder_to_decoder(tokens), self.mask_token, visible_idx, target_idx)
         with torch.no_grad():
             targets = build_targets(patches, target_idx)
-        loss = F.mse_loss(prediction.float(), targets)
+        loss = _mean_squared_error(prediction, targets)
         return Reconstruction(loss, prediction, visible_idx, target_idx, slot_idx)
 
     def patches(self, clips: Tensor, slot_idx: Tensor | None = None) -> Tensor:
@@ -163,3 +162,13 @@ class MaskedAutoencoder(nn.Module):
             )
         if noise is not None and (noise.ndim != 2 or len(noise) != len(clips) or noise.shape[1] < self.noise_length):
             raise UserError(f"noise: expected ({len(clips)}, >= {self.noise_length}), got {tuple(noise.shape)}")
+
+
+def _mean_squared_error(prediction: Tensor, targets: Tensor) -> Tensor:
+    """Mean squared error in fp32; ``targets``, fp32, are lost.
+
+    It keeps one prediction-sized tensor until the backward pass, and then nothing. ``F.mse_loss`` keeps two, takes two
+    more inside, and its scalar sits in a storage as large as the prediction for as long as somebody has the loss.
+    """
+    error = targets.sub_(prediction)
+    return (error * error).sum() / error.numel()

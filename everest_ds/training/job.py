@@ -247,7 +247,7 @@ def open_records(
     Raises:
         RankError: the folder can't be written to.
     """
-    env = environment(get_accelerator().device_name(), device_name(), built.optimizer, job.batches.ranks)
+    env = environment(get_accelerator().device_name(), ranks.device_name(), built.optimizer, job.batches.ranks)
     try:
         if Writers.of(job.ds_config).leads:
             run_dir.write_facts(job.recipe, job.ds_config, env, from_step=done)
@@ -288,8 +288,3 @@ def announce(job: Job, built: Built, done: int) -> None:
         f"run directory: {job.recipe.train.output_dir}",
     ]
     print("\n".join(lines), file=sys.stderr, flush=True)
-
-
-def device_name() -> str:
-    """A name for what this rank computes on."""
-    return "cpu" if ranks.on_cpu() else str(get_accelerator().current_device_name())

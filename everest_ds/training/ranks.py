@@ -151,6 +151,14 @@ def device() -> torch.device:
     return torch.device(get_accelerator().device_name(local_rank()) if not on_cpu() else "cpu")
 
 
+def device_name(index: int | None = None) -> str:
+    """The model of a device, None for this rank's: "cpu", or as its driver has it ("NVIDIA H100 80GB HBM3")."""
+    if on_cpu():
+        return "cpu"
+    module: Any = torch.get_device_module(get_accelerator().device_name())
+    return str(module.get_device_name(local_rank() if index is None else index))
+
+
 def is_main() -> bool:
     """Whether this rank writes files and speaks."""
     return rank() == 0

@@ -84,10 +84,11 @@ class Window:
 
     def reduce(self, extra: Sequence[float]) -> Sums:
         """Read the window, summed over ranks along with ``extra``, and open the next one; a collective call."""
+        losses = [self._loss.item(), self._finite.item()]  # waits for the device: what it still does is in this window
         elapsed_s = time.perf_counter() - self._opened
         per_clip = [seconds / self._clips if self._clips else 0.0 for seconds in self._seconds]
         means = [elapsed_s / self._steps, self._waited_s / elapsed_s, *per_clip]
-        numbers = [*means, self._loss.item(), self._finite.item(), *extra]
+        numbers = [*means, *losses, *extra]
         totals = torch.tensor(numbers, dtype=torch.float64, device=self._device)
         if dist.is_initialized():
             dist.all_reduce(totals)

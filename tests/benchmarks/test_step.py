@@ -1,14 +1,19 @@
 """The step benchmark: its baseline does the same work, its table says what was measured. Times are not looked at."""
 
+import re
+
 import pytest
 import torch
 
 from everest_ds.benchmarks import step
+from everest_ds.benchmarks.parts import PARTS
 from everest_ds.benchmarks.reference_step import ReferenceStep, normalised
 from everest_ds.benchmarks.step import REFERENCE, Runner, Settings, Variant
 from everest_ds.benchmarks.step_report import report
 from everest_ds.benchmarks.tables import Spread
+from everest_ds.memory.meters import StorageMeter
 from everest_ds.models import create_model
+from everest_ds.training import ranks
 
 SMALL = ("model.image_size=48", "model.decoder_depth=1", "model.frames=8")
 
@@ -98,3 +103,24 @@ def test_fine_tuning_compares_kept_tokens_with_all():
 
 def test_spreads():
     assert f"{Spread.of([3.0, 1.0, 2.0]):.1f}" == "2.0 (1.0 to 3.0)"
+
+
+def test_every_kernel_of_fused_attention_counts_as_attention():
+    """CUDA has three, of which a CPU's profile shows none: by the names that torch registers."""
+    registered = {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names()}
+    kernels = {name for name in registered if re.fullmatch(r"aten::_\w+_attention_(forward|backward)", name)}
+    assert {f"aten::_{kind}_attention_forward" for kind in ("flash", "efficient", "cudnn")} <= kernels
+    assert [name for name in kernels if not name.startswith(PARTS["attention"])] == []
+
+
+@pytest.mark.parametrize("in_a_row", [1, 50])
+def test_products_in_a_row_hold_one_result(monkeypatch, in_a_row):
+    """A GPU is given many, so that it works while the next one is asked for."""
+    monkeypatch.setattr(step, "_PRODUCTS_IN_A_ROW", in_a_row)
+    monkeypatch.setattr(step, "_PRODUCTS_S", 1e-9)
+    monkeypatch.setattr(ranks, "on_cpu", lambda: False)
+    monkeypatch.setattr(ranks, "device", lambda: torch.device("cpu"))
+    with StorageMeter() as meter:
+        assert step.product_rate((64, 32, 128), torch.float32) > 0
+    operands_bytes, result_bytes = (64 * 32 + 32 * 128) * 4, 64 * 128 * 4
+    assert meter.peak_bytes - meter.before_bytes == operands_bytes + result_bytes

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -54,6 +55,16 @@ def test_buckets_fit_the_model():
     assert GPU.largest <= bucket <= GPU.parameters / 4
     assert bucket == bucket_elements(GPU)
     assert bucket % 2 == 0
+
+
+@pytest.mark.parametrize(("stage", "ranks", "filled"), [(1, 1, False), (2, 1, False), (2, 2, True), (3, 1, True)])
+def test_gradients_travel_beside_the_backward_pass_where_somebody_gets_them(stage, ranks, filled):
+    facts = dataclasses.replace(GPU, ranks=ranks)
+    ds, _ = resolve(zero(stage, overlap_comm="auto"), facts=facts)
+    assert ds["zero_optimization"]["overlap_comm"] is filled
+    asked, _ = resolve(zero(stage, overlap_comm=not filled), facts=facts)
+    assert asked["zero_optimization"]["overlap_comm"] is not filled
+    assert "overlap_comm" not in resolve(zero(stage), facts=facts)[0]["zero_optimization"]
 
 
 def test_zero3_keeps_two_buckets_gathered():

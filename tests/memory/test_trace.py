@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from everest_ds.config.finetuning import AugmentConfig, ClassifierConfig
@@ -69,6 +70,26 @@ def test_a_real_step_holds_what_was_traced(model, batch):
     traced = (trace_one_clip if batch == 1 else trace_step)(TraceSpec(model=model, precision="fp32", device_type="cpu"))
     # A few scalars and the states of random generators are outside the trace.
     assert traced.plain().freeze().peak(batch) == pytest.approx(real, rel=0.005)
+
+
+@pytest.mark.parametrize("model", VARIANTS, ids=words)
+def test_a_step_takes_what_was_traced_from_the_allocator(model):
+    """By the allocator's own events, which show what kernels take inside, and that gradients are summed in place.
+
+    A trace, and a meter on real tensors, see those sums as new tensors: with checkpointing they make the peak.
+    """
+    autoencoder = MaskedAutoencoder(model, checkpoint=partial(checkpoint, use_reentrant=True))
+    noise = torch.rand(4, autoencoder.budget.total)
+    clips = torch.randint(0, 256, (4, 3, 16, 48, 48), dtype=torch.uint8)
+    autoencoder(clips, noise).loss.backward()  # what libraries take on first use
+    autoencoder.zero_grad(set_to_none=True)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        autoencoder(clips, noise).loss.backward()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    taken = max(itertools.accumulate(event.nbytes() for event in events)) + clips.nbytes + noise.nbytes
+    traced = trace_step(TraceSpec(model=model, precision="fp32", device_type="cpu")).plain().freeze().peak(4)
+    assert 0.99 * taken < traced < (1.02 if model.checkpointing == "none" else 1.08) * taken
 
 
 @pytest.mark.parametrize("model", VARIANTS[:2], ids=words)

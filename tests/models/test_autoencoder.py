@@ -1,6 +1,7 @@
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 
 import everest_ds
 from everest_ds.config.errors import UserError
@@ -52,9 +53,19 @@ def test_every_parameter_gets_a_gradient(config):
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_is_the_mean_squared_error_and_holds_only_itself(method):
+    """The loop keeps each pass's loss to the end of a step; F.mse_loss's sits in a prediction-sized storage."""
+    config = small(method=method)
+    model, some = MaskedAutoencoder(config), clips(config)
+    out = model(some)
+    assert out.loss.untyped_storage().nbytes() == 4
+    torch.testing.assert_close(out.loss, F.mse_loss(out.prediction, model.targets(some, out.target_idx)))
+
+
 @pytest.mark.parametrize("keep_ratio", [0.6, 1.0])
 def test_every_parameter_of_the_classifier_gets_a_gradient(keep_ratio):
-    config = small(ClassifierConfig, keep_ratio=keep_ratio, classes=8)
+    config = small(ClassifierConfig, keep_ratio=keep_ratio, classes=8, drop_path=0.0)
     model = VideoClassifier(config)
     model(clips(config)).logsumexp(1).sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 
 from everest_ds.config.errors import UserError
+from everest_ds.config.load import load_recipe
 from everest_ds.training import engine
 from everest_ds.training.ops import Obstacle
 
@@ -22,6 +24,23 @@ def test_runs_on_one_nvme_have_folders_of_their_own(monkeypatch, tmp_path):
     assert len(set(folders)) == 2
     assert [ds["zero_optimization"]["offload_optimizer"]["nvme_path"] for ds in configs] == folders
     assert engine._own_swap_folders({"zero_optimization": {"stage": 3}}) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "runs"),
+    [
+        ({}, False),
+        ({"wall_clock_breakdown": True}, False),
+        ({"timers": None}, False),
+        ({"timers": {"throughput": {"enabled": True}}}, True),
+        ({"timers": {"throughput": {"synchronized": False}}}, True),
+    ],
+)
+def test_deepspeeds_throughput_timer_runs_where_the_json_asks_for_it(asked, runs):
+    """By default it would: the host waits for the device twice in every pass."""
+    recipe = load_recipe(None, ["model.size=vit_micro", "model.image_size=16", "train.micro_batch=2"])
+    ds, _ = engine.resolve(asked, recipe, engine.build_model(recipe))
+    assert deepspeed.DeepSpeedConfig(ds).timers_config.enabled is runs
 
 
 def test_nvme_without_libaio_says_what_to_install(monkeypatch, tmp_path):

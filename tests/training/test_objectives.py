@@ -35,6 +35,7 @@ def test_labels_are_smoothed_and_the_loss_is_in_fp32():
     asked = batch([40, 200], [3, 1])
     loss = Classify(AugmentConfig(mixup=0, cutmix=0, label_smoothing=SMOOTHING), CLASSES)(Classifier(), asked)
     assert loss.dtype == torch.float32
+    assert loss.untyped_storage().nbytes() == 4  # the loop keeps it to the end of the step
     logits = Classifier()(asked.clips)
     expected = smoothed_cross_entropy(logits, torch.nn.functional.one_hot(asked.labels, CLASSES).double())
     assert loss.item() == pytest.approx(expected, rel=1e-6)

@@ -61,6 +61,24 @@ def test_time_is_that_of_steps(clock):
     assert (sums.loss, sums.extra) == (6.0, [7.0])
 
 
+def test_what_the_device_has_yet_to_do_is_in_the_window(clock):
+    """Reading waits for it, and the next window begins after that."""
+
+    class Busy(torch.Tensor):
+        def item(self) -> float:
+            clock.now += 6.0
+            return super().item()
+
+    window = Window(torch.device("cpu"))
+    window._loss = window._loss.as_subclass(Busy)
+    window.add(torch.tensor(1.0))
+    clock.now += 2.0
+    assert window.reduce([]).step_s == pytest.approx(8.0)
+    window.add(torch.tensor(1.0))
+    clock.now += 2.0
+    assert window.reduce([]).step_s == pytest.approx(2.0)
+
+
 def test_the_loss_is_the_mean_of_the_finite_ones(clock):
     window = Window(torch.device("cpu"))
     for loss in (1.0, math.nan, 5.0, math.inf):

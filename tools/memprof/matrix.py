@@ -65,7 +65,6 @@ class Row:
     measured: int
     states_predicted: int
     states_measured: int
-    rss_predicted: int
     rss: int
     messages_predicted: int
     messages: int
@@ -82,8 +81,8 @@ class Row:
 
     @property
     def rss_error(self) -> float:
-        """What of the predicted peak is ever written, against the growth of the resident set."""
-        return self.rss_predicted / self.rss - 1
+        """The predicted peak against the growth of the resident set."""
+        return self.predicted / self.rss - 1
 
 
 def cells(sizes: tuple[tuple[str, int, int], ...] = SIZES, precision: str = "fp32") -> Iterator[Cell]:
@@ -111,7 +110,6 @@ def _row(cell: Cell, per_rank: list[dict[str, Any]]) -> Row:
         measured=worst["measured_peak_bytes"],
         states_predicted=planned.states_bytes,
         states_measured=worst["states_bytes"],
-        rss_predicted=planned.resident_peak_bytes,
         rss=worst["rss_growth_bytes"],
         messages_predicted=message_bytes(planned),
         messages=sum(worst["messages"].values()),
@@ -134,7 +132,7 @@ def as_markdown(rows: list[Row], ranks: int) -> str:
         f"Written by `python tools/memprof measure --ranks {ranks} --matrix FILE`.",
         "MiB; errors are (predicted - measured) / measured.",
         "*Peak* and *held* (between steps) are tensor storages; *RSS* is the growth of the process's resident set,",
-        "with a C library that returns freed memory at once, against the predicted peak less what is never written.",
+        "with a C library that returns freed memory at once, against the predicted peak.",
         "",
         *(f"- {line}" for line in summary(rows)),
         "",

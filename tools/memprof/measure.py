@@ -128,7 +128,7 @@ def compare(planned: Plan, per_rank: list[dict[str, Any]]) -> dict[str, Any]:
         "measured_by": measured["measured_by"],
         "compared_bytes": comparable,
         "residual_bytes": measured["measured_peak_bytes"] - comparable,
-        "predicted_resident_bytes": planned.resident_peak_bytes if on_cpu else sum(planned.host.values()),
+        "predicted_resident_bytes": planned.process_peak_bytes if on_cpu else sum(planned.host.values()),
         "rss_growth_bytes": measured["rss_growth_bytes"],
         "predicted_states_bytes": _states_bytes(planned, on_cpu),
         "states_bytes": measured["states_bytes"],

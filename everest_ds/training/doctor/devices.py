@@ -32,9 +32,7 @@ def accelerator() -> list[Finding]:
 
 
 def _device(index: int) -> str:
-    found = get_accelerator()
-    name = torch.get_device_module(found.device_name()).get_device_name(index)
-    return f"{name} ({found.total_memory(index) / GIB:.1f} GiB)"
+    return f"{ranks.device_name(index)} ({get_accelerator().total_memory(index) / GIB:.1f} GiB)"
 
 
 def driver(version: Path = _NVIDIA) -> list[Finding]:
