@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -142,7 +141,7 @@ def average_views(
         bad_samples.add(batch)
         tried, lost = tried + len(keys), lost + batch.lost
         if turn % _LOOK_EVERY == _LOOK_EVERY - 1 and turn < len(batches) - 1:
-            _judge(bad_samples, tried * world, sum(_gather_objects(lost)))
+            _judge(bad_samples, tried * world, sum(ranks.gather(lost)))
         if progress is not None and ranks.is_main():
             progress(min(tried * world, videos), videos)
     index = torch.tensor([video for keys in batches for _, video in keys])
@@ -176,7 +175,7 @@ def _judge(bad_samples: BadSamples, tried: int, bad: int) -> Mapping[str, str]:
     Returns:
         Path and reason of all of them.
     """
-    reasons = dict(ChainMap(*_gather_objects(bad_samples.reasons)))
+    reasons = dict(ChainMap(*ranks.gather(bad_samples.reasons)))
     if ranks.is_main():
         bad_samples.name(reasons)
     bad_samples.check(BadCounts(tried, bad, 0))
@@ -190,14 +189,6 @@ def _gather(mine: Tensor) -> Tensor:
     parts = [torch.empty_like(mine) for _ in range(ranks.world_size())]
     dist.all_gather(parts, mine.contiguous())
     return torch.cat(parts)
-
-
-def _gather_objects(mine: Any) -> list[Any]:
-    if ranks.world_size() == 1:
-        return [mine]
-    parts: list[Any] = [None] * ranks.world_size()
-    dist.all_gather_object(parts, mine)
-    return parts
 
 
 def score(predictions: Predictions, classes: int) -> Scores:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from everest_ds.config.batches import Batches
@@ -193,8 +192,7 @@ def name_bad_videos(run: Training, bad: float) -> None:
     if bad == run.bad_named:
         return
     run.bad_named = bad
-    found: list[dict[str, str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(found, run.bad_samples.reasons)
+    found = ranks.gather(run.bad_samples.reasons)
     if ranks.is_main():
         run.bad_samples.name(dict(ChainMap(*found)))
 
