@@ -13,6 +13,7 @@ from torch import Tensor
 from everest_ds.config.errors import UserError
 from everest_ds.data.dataset import LOST, ClipDataset
 from everest_ds.data.loader import BadCounts, BadSamples, build_loader, evaluation_batches
+from everest_ds.data.to_device import DeviceBatches
 from everest_ds.training import ranks
 
 TOP = 5
@@ -134,8 +135,10 @@ def average_views(
     batches = evaluation_batches(videos, batch=videos_per_batch, rank=ranks.rank(), ranks=world)
     values, readable = [], []
     tried = lost = 0
-    for turn, (keys, batch) in enumerate(zip(batches, build_loader(dataset, batches, device=device.type), strict=True)):
-        by_clip = function(batch.clips.to(device, non_blocking=True)).float()
+    loader = DeviceBatches.on(device, iter(build_loader(dataset, batches, device=device.type)))
+    for turn, (keys, batch) in enumerate(zip(batches, loader, strict=True)):
+        by_clip = function(batch.clips).float()
+        loader.prefetch()
         values.append(by_clip.unflatten(0, (len(keys), -1)).mean(dim=1))
         readable.append(batch.index.unflatten(0, (len(keys), -1))[:, 0] != LOST)
         bad_samples.add(batch)
