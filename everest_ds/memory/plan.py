@@ -22,7 +22,7 @@ from everest_ds.config.load import to_tree
 from everest_ds.config.schema import ModelConfig, Recipe
 from everest_ds.memory.overheads import Overheads, overheads_for
 from everest_ds.memory.setting import ZeroSetting
-from everest_ds.memory.states import Item, Place, averaged_weights, states
+from everest_ds.memory.states import Item, Place, averaged_weights, clips_ahead, states
 from everest_ds.memory.step import Step
 from everest_ds.memory.step_zero3 import StepZero3
 from everest_ds.memory.step_zero12 import StepZero12
@@ -105,7 +105,10 @@ class Plan:
     @property
     def states_bytes(self) -> int:
         """Held between steps, device and host, without overheads."""
-        return sum(item.size_bytes for item in self.states if item.place != "nvme")
+        held = (
+            item.size_bytes + self.batches.micro * item.per_clip_bytes for item in self.states if item.place != "nvme"
+        )
+        return sum(held)
 
     def peak(self, micro_batch: int) -> int:
         """The device's peak at another micro-batch; no new trace."""
@@ -204,6 +207,8 @@ def plan(
     items = states(trace.parameters, dataclasses.replace(setting, rank=rank or 0), trace.buffer_bytes)
     if isinstance(recipe, FinetuneRecipe) and recipe.train.ema_decay:
         items.append(averaged_weights(trace.parameters))
+    if device_type != "cpu":
+        items.append(clips_ahead(recipe.model))
     return Plan(
         recipe=recipe,
         ds_config=ds,
