@@ -105,10 +105,8 @@ class Plan:
     @property
     def states_bytes(self) -> int:
         """Held between steps, device and host, without overheads."""
-        held = (
-            item.size_bytes + self.batches.micro * item.per_clip_bytes for item in self.states if item.place != "nvme"
-        )
-        return sum(held)
+        held = [item for item in self.states if item.place != "nvme"]
+        return sum(item.size_bytes + self.batches.micro * item.per_clip_bytes for item in held)
 
     def peak(self, micro_batch: int) -> int:
         """The device's peak at another micro-batch; no new trace."""
