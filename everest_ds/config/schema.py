@@ -40,6 +40,9 @@ _LARGEST_WIDTH = 2**14
 # Processes, batches, clips and operations that nobody means.
 _MOST_WORKERS = 1024
 _MANY = 10_000
+# Host memory for the batches that a rank's data workers prepare ahead: a batch of 256 clips of 16 frames is 1 GiB of
+# pinned memory, and the default 4 workers have one each.
+AHEAD_BYTES = 4 * 2**30
 # Longer than any system waits for anything.
 _LONGEST_WAIT_S = 7 * 24 * 3600.0
 
@@ -213,7 +216,12 @@ class DataConfig:
         4, "dense sampling: video frames from one frame of a clip to the next", source="paper, Table 7"
     )
     workers: int = setting(4, "decoding processes per rank; 0 decodes in the training process")
-    prefetch: int = setting(4, "batches each worker prepares ahead", source="torch default is 2")
+    prefetch: int = setting(
+        4,
+        f"batches each worker prepares ahead, at most: fewer, but one, where a rank's would take more than "
+        f"{AHEAD_BYTES // 2**30} GiB",
+        source="torch default is 2",
+    )
     clips_per_video: int = setting(1, "clips read from one opened file", source="repeated augmentation")
     decoder: Decoder = setting("decord", "frame reader: decord, or torchcodec (an extra; exact seek)")
     flip: bool = setting(True, "mirror half of the clips; off where left and right matter", source="paper, Table 7")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -162,6 +163,15 @@ class ClipDataset(Dataset[Sample]):
         return self.data.clips_per_video * self._crops
 
     @property
+    def sample_bytes(self) -> int:
+        """Of a sample's clips."""
+        return math.prod(self._shape)
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return self.views, 3, self._frames, self._size, self._size
+
+    @property
     def labels(self) -> NDArray[np.int64]:
         """Labels of the videos (len,), -1 where the manifest has none."""
         return self._labels
@@ -214,7 +224,7 @@ class ClipDataset(Dataset[Sample]):
             else:
                 return Sample(clips, noise, int(self._labels[video]), video, bad, seconds)
         # Said in the sample, not raised: the loader would wrap an exception in a worker's trace.
-        black = torch.zeros((self.views, 3, self._frames, self._size, self._size), dtype=torch.uint8)
+        black = torch.zeros(self._shape, dtype=torch.uint8)
         return Sample(black, noise, NO_LABEL, LOST, bad)
 
     def _noise(self, epoch: int, index: int, view: int) -> NDArray[np.float32]:

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from everest_ds.config.errors import UserError
+from everest_ds.data.ahead import batches_ahead, pinned_bytes
 from everest_ds.data.dataset import LOST, NO_TIME, ClipDataset, Failure, Key, ReadingTime, Sample
 from everest_ds.data.randomness import Stream, generator
 from everest_ds.data.watch import POLL_S, ClipLoader, Report, start_worker
@@ -151,18 +152,21 @@ def build_loader(
 
     Args:
         dataset: where samples come from, with its ``data`` settings (workers, prefetch, timeout_s).
-        batches: keys of each batch; iterated once per iteration of the loader.
+        batches: keys of each batch, the first the longest; iterated once per iteration of the loader.
         device: the accelerator's name, such as ``cuda``; anything but ``cpu`` makes batches in pinned memory.
         report: told each video that is set aside for hanging or crashing, and why.
     """
     data = dataset.data
+    batch_bytes = len(next(iter(batches), ())) * dataset.sample_bytes
+    if device != "cpu":
+        batch_bytes = pinned_bytes(batch_bytes)
 
     def start(keys: Iterable[list[Key]]) -> DataLoader[Sample]:
         return DataLoader(
             dataset,
             batch_sampler=keys,
             num_workers=data.workers,
-            prefetch_factor=data.prefetch if data.workers else None,
+            prefetch_factor=batches_ahead(data, batch_bytes) if data.workers else None,
             timeout=POLL_S if data.workers else 0,
             collate_fn=collate,
             worker_init_fn=start_worker,

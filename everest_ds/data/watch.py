@@ -19,11 +19,13 @@ from torch.utils.data import DataLoader
 
 from everest_ds.config.errors import RankError
 from everest_ds.data.dataset import ClipDataset, Key, Sample
+from everest_ds.data.pinning import listen, why_not_pinned
 
 if TYPE_CHECKING:
     from everest_ds.data.loader import Batch
 
 POLL_S = 1.0
+_AT_ONCE_S = 1e-6  # not 0: that is torch's word for no limit
 # Something else may have killed a worker, memory running out first of all: a video is blamed for the second one.
 _DEATHS_BLAMED = 2
 _RESTARTS = 5  # in a row, without a batch in between
@@ -63,16 +65,21 @@ class ClipLoader:
         self._report = report
         self._deaths: Counter[int] = Counter()
 
-    def __iter__(self) -> Generator[Batch, None, None]:
+    def __iter__(self) -> Batches:
+        return Batches(self)
+
+    def look(self, batches: Batches) -> Generator[Batch | None, None, None]:
+        """Yield the batches; None where the one that is due isn't there and ``batches`` is in no mood to wait."""
         source, undelivered = iter(self._batches), deque[list[Key]]()
         restarts = 0
         while True:
             workers = self._begin(_feed(source, undelivered))
             try:
-                for batch in self._watched(workers):
-                    undelivered.popleft()
-                    restarts = 0
-                    self._deaths.clear()
+                for batch in self._watched(workers, batches):
+                    if batch is not None:
+                        undelivered.popleft()
+                        restarts = 0
+                        self._deaths.clear()
                     yield batch
                 return
             except _WorkersLostError as reason:
@@ -89,21 +96,25 @@ class ClipLoader:
     def _begin(self, batches: Iterable[list[Key]]) -> Iterator[Batch]:
         self._dataset.forget_reading()
         loader = self._start(batches)
+        if loader.pin_memory:
+            listen()
         # torch would raise in the middle of a training step when a worker dies; polling finds out in good time.
         with _signal_kept(signal.SIGCHLD):
             return iter(loader)
 
-    def _watched(self, workers: Iterator[Batch]) -> Iterator[Batch]:
+    def _watched(self, workers: Iterator[Batch], batches: Batches) -> Iterator[Batch | None]:
         idle_since = time.monotonic()
         while True:
             try:
-                batch = next(workers)
+                batch = _next(workers, POLL_S if batches.patient else _AT_ONCE_S)
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:
                 self._judge(workers, error)
-                idle_since = self._check_idle(idle_since)
-                continue
+                if batches.patient:
+                    idle_since = self._check_idle(idle_since)
+                    continue
+                batch = None
             yield batch
             idle_since = time.monotonic()
 
@@ -112,13 +123,20 @@ class ClipLoader:
 
         Raises:
             _WorkersLostError: some have hung or died.
+            RankError: batches can't be put into pinned memory.
             RuntimeError: a bug.
         """
-        if isinstance(error, OSError | EOFError):
+        unpinned = why_not_pinned(workers, error)
+        if unpinned or isinstance(error, OSError | EOFError):
             time.sleep(POLL_S)  # a killed process closes its connections before it counts as dead
         dead = [(i, process) for i, process in enumerate(_processes(workers)) if not process.is_alive()]
         if dead:
             raise _WorkersLostError("; ".join(self._died(i, process.exitcode) for i, process in dead)) from error
+        if unpinned:
+            raise RankError(
+                f"data.prefetch: batches can't be put into pinned memory any more ({unpinned}); lower it, data.workers "
+                "or train.micro_batch, or raise the limit (ulimit -n, ulimit -l)"
+            ) from error
         if not str(error).startswith("DataLoader timed out"):
             raise error
         limit_s = self._dataset.data.timeout_s
@@ -161,6 +179,34 @@ class ClipLoader:
         return since
 
 
+class Batches(Iterator["Batch"]):
+    """One pass over a :class:`ClipLoader`. Its processes end when it ends, is closed, or is no more."""
+
+    def __init__(self, loader: ClipLoader) -> None:
+        self.patient = True
+        self._found = loader.look(self)
+
+    def __next__(self) -> Batch:
+        batch = next(self._found)
+        assert batch is not None
+        return batch
+
+    def poll(self) -> Batch | None:
+        """Return the next batch, or None: it isn't there yet. Nothing is waited for.
+
+        Without workers it is never there: reading it is what ``next`` does.
+        """
+        self.patient = False
+        try:
+            return next(self._found)
+        finally:
+            self.patient = True
+
+    def close(self) -> None:
+        """End the processes; there are no more batches."""
+        self._found.close()
+
+
 def _feed(source: Iterator[list[Key]], undelivered: deque[list[Key]]) -> Iterator[list[Key]]:
     """Yield the batches that were asked for and never came, then new ones, which are noted."""
     yield from tuple(undelivered)
@@ -176,6 +222,19 @@ def start_worker(worker: int) -> None:  # noqa: ARG001
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError, AttributeError):  # not Linux: torch's own watch over its parent remains
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+
+
+def _next(workers: Iterator[Batch], timeout_s: float) -> Batch | None:
+    """Return the next batch, for which its workers have some time; None where there are none and it shall be now.
+
+    Raises:
+        RuntimeError: "DataLoader timed out ...".
+    """
+    if _processes(workers):
+        workers._timeout = timeout_s  # type: ignore[attr-defined]  # torch has no public name for it
+    elif timeout_s == _AT_ONCE_S:
+        return None
+    return next(workers)
 
 
 def _processes(workers: Iterator[Batch]) -> list[Any]:

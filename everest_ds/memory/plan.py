@@ -20,9 +20,10 @@ from everest_ds.config.errors import UserError
 from everest_ds.config.finetuning import ClassifierConfig, FinetuneRecipe
 from everest_ds.config.load import to_tree
 from everest_ds.config.schema import ModelConfig, Recipe
+from everest_ds.data.ahead import pinned_bytes
 from everest_ds.memory.overheads import Overheads, overheads_for
 from everest_ds.memory.setting import ZeroSetting
-from everest_ds.memory.states import Item, Place, averaged_weights, states
+from everest_ds.memory.states import Item, Place, averaged_weights, clips_ahead, states
 from everest_ds.memory.step import Step
 from everest_ds.memory.step_zero3 import StepZero3
 from everest_ds.memory.step_zero12 import StepZero12
@@ -86,7 +87,7 @@ class Plan:
         items: dict[str, int] = {}
         for item in self.states:
             if item.place == place:
-                size = _pinned(item.size_bytes) if item.pinned and self.setting.pin_memory else item.size_bytes
+                size = pinned_bytes(item.size_bytes) if item.pinned and self.setting.pin_memory else item.size_bytes
                 items[item.name] = items.get(item.name, 0) + size
         return items
 
@@ -98,7 +99,8 @@ class Plan:
     @property
     def states_bytes(self) -> int:
         """Held between steps, device and host, without overheads."""
-        return sum(item.size_bytes for item in self.states if item.place != "nvme")
+        held = [item for item in self.states if item.place != "nvme"]
+        return sum(item.size_bytes + self.batches.micro * item.per_clip_bytes for item in held)
 
     def peak(self, micro_batch: int) -> int:
         """The device's peak at another micro-batch; no new trace."""
@@ -197,6 +199,8 @@ def plan(
     items = states(trace.parameters, dataclasses.replace(setting, rank=rank or 0), trace.buffer_bytes)
     if isinstance(recipe, FinetuneRecipe) and recipe.train.ema_decay:
         items.append(averaged_weights(trace.parameters))
+    if device_type != "cpu":
+        items.append(clips_ahead(recipe.model))
     return Plan(
         recipe=recipe,
         ds_config=ds,
@@ -241,8 +245,3 @@ def _ranks_to_look_at(setting: ZeroSetting) -> list[int]:
     # Under ZeRO-1 and 2 partitions differ by which parameters they hold, and so by when their gradients are kept: the
     # first owns what the backward pass reaches last, the last what it reaches first.
     return sorted({0, setting.ranks // 2, setting.ranks - 1}) if setting.stage in (1, 2) else [0]
-
-
-def _pinned(size_bytes: int) -> int:
-    """Page-locked blocks are powers of two (pytorch/aten/src/ATen/core/CachingHostAllocator.h)."""
-    return 1 << (size_bytes - 1).bit_length() if size_bytes > 0 else 0

@@ -10,18 +10,25 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from everest_ds.config.schema import ModelConfig
+from everest_ds.data.to_device import BUFFERS
 from everest_ds.memory.setting import FP32_BYTES, FlatGroup, ZeroSetting, groups_of, share, sub_groups
 from everest_ds.memory.trace import Parameter
+from everest_ds.models.patches import CHANNELS
 
 _STAGE12 = "runtime/zero/stage_1_and_2.py"
 _STAGE3 = "runtime/zero/stage3.py"
 AVERAGE = "averaged weights"
+CLIPS = "clips (this pass's and the next's)"
 Place = Literal["device", "host", "nvme"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """Bytes held between steps, and where; ``pinned``: page-locked where DeepSpeed is asked to."""
+    """Bytes held between steps, and where; ``pinned``: page-locked where DeepSpeed is asked to.
+
+    ``per_clip_bytes``: more for each clip of the micro-batch.
+    """
 
     name: str
     size_bytes: int
@@ -29,6 +36,7 @@ class Item:
     source: str
     place: Place = "device"
     pinned: bool = False
+    per_clip_bytes: int = 0
 
 
 def states(parameters: Sequence[Parameter], setting: ZeroSetting, buffer_bytes: int = 0) -> list[Item]:
@@ -226,6 +234,17 @@ def averaged_weights(parameters: Sequence[Parameter]) -> Item:
         size_bytes=sum(p.elements for p in parameters) * FP32_BYTES,
         formula="n x 4",
         source="everest_ds.training.average",
+    )
+
+
+def clips_ahead(model: ModelConfig) -> Item:
+    """The clips of a pass and, copied while it runs, those of the next one: on an accelerator alone."""
+    return Item(
+        name=CLIPS,
+        size_bytes=0,
+        per_clip_bytes=BUFFERS * CHANNELS * model.candidate_frames * model.image_size**2,
+        formula="2 x 3 x frames x side x side, a clip",
+        source="everest_ds.data.to_device",
     )
 
 

@@ -59,7 +59,7 @@ class Step:
 
     def hold(self, item: Item) -> None:
         """Put something that is held between steps on the timeline."""
-        self.timeline.born(item.size_bytes, item.name)
+        self.timeline.born(item.size_bytes, item.name, item.per_clip_bytes)
 
     def _act(self, mark: Mark, blocks: dict[int, int]) -> None:
         if mark.kind == "gradient":

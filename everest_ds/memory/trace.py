@@ -273,7 +273,9 @@ def _record(model: MaskedAutoencoder | VideoClassifier, spec: TraceSpec, clips: 
         in_place = spec.device_type == "cpu" or spec.precision == "autocast"
         if in_place:
             recorder.inputs = {watch.watch(t) for t in (batch.clips, batch.noise, batch.labels, batch.index)}
-        to_device = partial(_to_device, recorder, watch, in_place)
+        else:
+            watch.ignore(batch.clips)  # in a buffer that stays (states.py, clips_ahead)
+        to_device = partial(_to_device, recorder, watch, lambda tensor: in_place or tensor is batch.clips)
         with cuda_like_autocast() if spec.precision == "autocast" else contextlib.nullcontext():
             loss = loss_of(model, batch, to_device=to_device, mixing=spec.mixing)
         recorder.backward = True
@@ -297,9 +299,9 @@ def _deaths_in_order(events: list[Event]) -> list[Event]:
     return ordered
 
 
-def _to_device(recorder: _Recorder, watch: StorageWatch, in_place: bool, tensor: Tensor) -> Tensor:
+def _to_device(recorder: _Recorder, watch: StorageWatch, is_there: Callable[[Tensor], bool], tensor: Tensor) -> Tensor:
     """Return the loader's tensor itself or a copy, which the objective drops at its end."""
-    moved = tensor if in_place else tensor.clone()
+    moved = tensor if is_there(tensor) else tensor.clone()
     recorder.inputs.add(watch.watch(moved))
     return moved
 

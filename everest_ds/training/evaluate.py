@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +13,7 @@ from torch import Tensor
 from everest_ds.config.errors import UserError
 from everest_ds.data.dataset import LOST, ClipDataset
 from everest_ds.data.loader import BadCounts, BadSamples, build_loader, evaluation_batches
+from everest_ds.data.to_device import DeviceBatches
 from everest_ds.training import ranks
 
 TOP = 5
@@ -135,14 +135,16 @@ def average_views(
     batches = evaluation_batches(videos, batch=videos_per_batch, rank=ranks.rank(), ranks=world)
     values, readable = [], []
     tried = lost = 0
-    for turn, (keys, batch) in enumerate(zip(batches, build_loader(dataset, batches, device=device.type), strict=True)):
-        by_clip = function(batch.clips.to(device, non_blocking=True)).float()
+    loader = DeviceBatches.on(device, iter(build_loader(dataset, batches, device=device.type)))
+    for turn, (keys, batch) in enumerate(zip(batches, loader, strict=True)):
+        by_clip = function(batch.clips).float()
+        loader.prefetch()
         values.append(by_clip.unflatten(0, (len(keys), -1)).mean(dim=1))
         readable.append(batch.index.unflatten(0, (len(keys), -1))[:, 0] != LOST)
         bad_samples.add(batch)
         tried, lost = tried + len(keys), lost + batch.lost
         if turn % _LOOK_EVERY == _LOOK_EVERY - 1 and turn < len(batches) - 1:
-            _judge(bad_samples, tried * world, sum(_gather_objects(lost)))
+            _judge(bad_samples, tried * world, sum(ranks.gather(lost)))
         if progress is not None and ranks.is_main():
             progress(min(tried * world, videos), videos)
     index = torch.tensor([video for keys in batches for _, video in keys])
@@ -176,7 +178,7 @@ def _judge(bad_samples: BadSamples, tried: int, bad: int) -> Mapping[str, str]:
     Returns:
         Path and reason of all of them.
     """
-    reasons = dict(ChainMap(*_gather_objects(bad_samples.reasons)))
+    reasons = dict(ChainMap(*ranks.gather(bad_samples.reasons)))
     if ranks.is_main():
         bad_samples.name(reasons)
     bad_samples.check(BadCounts(tried, bad, 0))
@@ -190,14 +192,6 @@ def _gather(mine: Tensor) -> Tensor:
     parts = [torch.empty_like(mine) for _ in range(ranks.world_size())]
     dist.all_gather(parts, mine.contiguous())
     return torch.cat(parts)
-
-
-def _gather_objects(mine: Any) -> list[Any]:
-    if ranks.world_size() == 1:
-        return [mine]
-    parts: list[Any] = [None] * ranks.world_size()
-    dist.all_gather_object(parts, mine)
-    return parts
 
 
 def score(predictions: Predictions, classes: int) -> Scores:

@@ -20,6 +20,7 @@ from everest_ds.config.finetuning import FinetuneRecipe
 from everest_ds.config.schema import Recipe
 from everest_ds.data.dataset import ClipDataset
 from everest_ds.data.loader import BadSamples, StepSampler, build_loader
+from everest_ds.data.to_device import DeviceBatches
 from everest_ds.models import MaskedAutoencoder, VideoClassifier
 from everest_ds.training import checkpoint_files, ranks
 from everest_ds.training.average import Average, build_average
@@ -223,7 +224,7 @@ def assemble(job: Job, built: Built, average: Average | None, checkpoints: Check
     return Training(
         engine=built.engine,
         batches=batches,
-        loader=iter(loader),
+        loader=DeviceBatches.on(built.engine.device, iter(loader)),
         schedule=job.schedule,
         config=recipe.train,
         steps_per_epoch=job.steps_per_epoch,

@@ -6,20 +6,19 @@ import logging
 import sys
 import time
 from collections import ChainMap
-from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from everest_ds.config.batches import Batches
 from everest_ds.config.errors import RankError, UserError
 from everest_ds.config.progress import ProgressLine
 from everest_ds.config.schema import TrainConfig
-from everest_ds.data.loader import BadCounts, BadSamples, Batch
+from everest_ds.data.loader import BadCounts, BadSamples
 from everest_ds.data.randomness import Stream, generator
+from everest_ds.data.to_device import DeviceBatches
 from everest_ds.memory.meters import peak_bytes
 from everest_ds.training import ranks
 from everest_ds.training.average import Average
@@ -48,7 +47,7 @@ class Training:
 
     engine: Any
     batches: Batches
-    loader: Generator[Batch, None, None]
+    loader: DeviceBatches
     schedule: CosineSchedule
     config: TrainConfig
     steps_per_epoch: int
@@ -145,6 +144,7 @@ def optimizer_step(run: Training, window: Window) -> Tensor:
         engine.backward(loss)
         losses.append(loss.detach())
         batches.append(batch)
+        run.loader.prefetch()
         engine.step()
     run.bad_steps.judge(run.step + 1, engine.was_step_applied(), losses, batches)
     return torch.stack(losses).mean()
@@ -193,8 +193,7 @@ def name_bad_videos(run: Training, bad: float) -> None:
     if bad == run.bad_named:
         return
     run.bad_named = bad
-    found: list[dict[str, str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(found, run.bad_samples.reasons)
+    found = ranks.gather(run.bad_samples.reasons)
     if ranks.is_main():
         run.bad_samples.name(dict(ChainMap(*found)))
 

@@ -92,7 +92,7 @@ def trained_views(model: MaskedAutoencoder, clips: Tensor, noise: Tensor) -> tup
         noise: as the model takes it.
 
     Returns:
-        Three (B, 3, T, H, W) uint8 and the (B, T) numbers that their frames have in ``clips``.
+        Three (B, 3, T, H, W) uint8 and the (B, T) numbers that their frames have in ``clips``, all on its device.
     """
     out = model(clips, noise)
     cut, budget = model.encoder.cut, model.budget
@@ -108,7 +108,7 @@ def trained_views(model: MaskedAutoencoder, clips: Tensor, noise: Tensor) -> tup
         _put(canvas, out.visible_idx, seen)
         _put(canvas, out.target_idx, targets)
     grid = (budget.slots, budget.rows, budget.columns)
-    frames = torch.arange(clips.shape[2]).unflatten(0, (-1, cut[0])).expand(len(clips), -1, -1)
+    frames = torch.arange(clips.shape[2], device=clips.device).unflatten(0, (-1, cut[0])).expand(len(clips), -1, -1)
     if out.slot_idx is not None:
         frames = take(frames, out.slot_idx)
     return [unpatchify(view, grid, *cut) for view in (patches, kept, made)], frames.flatten(1)
@@ -119,4 +119,4 @@ def _put(canvas: Tensor, index: Tensor, patches: Tensor) -> None:
 
 
 def _channels_last(clip: Tensor) -> NDArray[np.uint8]:
-    return clip.permute(1, 2, 3, 0).numpy()
+    return clip.permute(1, 2, 3, 0).cpu().numpy()

@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from everest_ds.data.dataset import ClipDataset
 from everest_ds.data.loader import BadSamples
 from everest_ds.training import ranks
@@ -84,6 +82,4 @@ class Validation:
 
     def _recorded(self, step: int) -> bool:
         """Whether rank 0, which has the file, finds this step in it."""
-        found = [self._records is not None and self._records.holds(step)]
-        dist.broadcast_object_list(found)
-        return found[0]
+        return ranks.gather(self._records is not None and self._records.holds(step))[0]

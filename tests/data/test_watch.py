@@ -101,6 +101,38 @@ def test_killed_workers_are_replaced_and_nothing_changes(videos, caplog):
     assert not any("set aside" in record.getMessage() for record in caplog.records)
 
 
+@pytest.mark.parametrize("killing", [False, True])
+def test_polling_waits_for_nothing_and_changes_nothing(videos, monkeypatch, killing):
+    sampler = StepSampler(12, seed=3, micro_batch=4, last_step=6)
+    expected = list(build_loader(make(videos, workers=0), sampler))
+    real = dataset_module.decode
+    monkeypatch.setattr(dataset_module, "decode", lambda *what: time.sleep(0.25) or real(*what))
+    batches = iter(build_loader(make(videos), sampler))
+    found, in_vain, longest_s = [next(batches)], 0, 0.0
+    while len(found) < 6:
+        if killing and len(found) == 3 and not in_vain:
+            decoding_processes()[0].kill()
+        start = time.monotonic()
+        batch = batches.poll()
+        longest_s = max(longest_s, time.monotonic() - start)
+        if batch is None:
+            in_vain += 1
+            time.sleep(0.02)
+        else:
+            found.append(batch)
+            in_vain = 0 if len(found) == 3 else in_vain
+    assert all(same(one, other) for one, other in zip(found, expected, strict=True))
+    assert in_vain > 1
+    assert killing or longest_s < 0.5, "a batch takes a second"
+    with pytest.raises(StopIteration):
+        batches.poll()
+
+
+def test_without_workers_nothing_is_ever_ready(videos):
+    batches = iter(build_loader(make(videos, workers=0), [[(0, 0)], [(0, 1)]]))
+    assert [int(next(batches).index), batches.poll(), int(next(batches).index)] == [0, None, 1]
+
+
 def test_a_video_that_kills_its_worker_twice_is_set_aside(videos, monkeypatch, caplog):
     def deadly(path: str, *rest: Any) -> Any:
         if path == videos[7].path:

@@ -13,6 +13,7 @@ from everest_ds.config.finetuning import FinetuneRecipe
 from everest_ds.config.load import load_as, load_recipe
 from everest_ds.memory.overheads import NONE, Overheads
 from everest_ds.memory.plan import Plan, plan
+from everest_ds.memory.states import CLIPS
 from everest_ds.memory.traffic import messages
 
 MIB = 2**20
@@ -141,6 +142,16 @@ def test_fewer_tokens_need_less_in_fine_tuning():
     )
     assert less.predicted_peak_bytes < all_tokens.predicted_peak_bytes
     assert less.states_bytes == all_tokens.states_bytes
+
+
+def test_an_accelerator_holds_the_clips_of_two_passes():
+    """One batch is computed with while the next one is copied (data/to_device.py); a CPU reads the loader's own."""
+    for frames, overrides in ((16, []), (24, ["model.frame_selection.alpha=1.5"])):
+        gpu, cpu = (make(*overrides, device_type=kind, overheads=NONE) for kind in ("cuda", "cpu"))
+        for batch in (1, 4, 9):
+            assert gpu.breakdown(batch)[CLIPS] == 2 * batch * 3 * frames * 48 * 48
+            assert CLIPS not in cpu.breakdown(batch)
+        assert CLIPS not in {item.name for item in cpu.states}
 
 
 def test_averaged_weights_take_a_copy_and_in_half_precision_another_for_a_moment():

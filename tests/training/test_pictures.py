@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import everest_ds
 from everest_ds.training.pictures import draw, trained_views
@@ -20,3 +21,14 @@ def test_pictures_show_the_frames_trained_on(tmp_path, alpha):
     assert ((kept == made).float().mean() - 0.8).abs() < 0.02
     draw(model, clips, noise, tmp_path / "clips.png")
     assert (tmp_path / "clips.png").stat().st_size > 0
+
+
+def test_views_stay_on_the_device_that_the_clips_are_on():
+    """Fake tensors refuse to mix devices, as real ones do, and need no GPU."""
+    with FakeTensorMode() as gpu, torch.device("cuda"):
+        model = everest_ds.create_model("vit_micro", image_size=48, frame_selection={"alpha": 1.5})
+        clips = torch.empty(2, 3, model.config.candidate_frames, 48, 48, dtype=torch.uint8)
+        noise = torch.empty(2, model.noise_length)
+    with gpu, torch.no_grad():
+        views, numbers = trained_views(model, clips, noise)
+    assert {tensor.device.type for tensor in (*views, numbers)} == {"cuda"}

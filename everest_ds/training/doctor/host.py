@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from everest_ds.config.schema import DataConfig, ModelConfig
+from everest_ds.data.ahead import batches_ahead
 from everest_ds.training.doctor.cgroup import core_limit, memory_limit_bytes
 from everest_ds.training.doctor.findings import Finding
 
@@ -65,13 +66,14 @@ def shared_memory(folder: Path = Path("/dev/shm")) -> list[Finding]:
     if not folder.is_dir():
         return [Finding(subject=subject, level="note", says="there is none, so workers can't hand over clips", fix=fix)]
     model, data = ModelConfig(), DataConfig()
-    clip_bytes = 3 * model.frames * model.image_size**2
-    needed = data.workers * data.prefetch * _CLIPS_PER_BATCH * clip_bytes
+    batch_bytes = _CLIPS_PER_BATCH * 3 * model.frames * model.image_size**2
+    ahead = batches_ahead(data, batch_bytes)
+    needed = data.workers * ahead * batch_bytes
     free = shutil.disk_usage(folder).free
     if free >= needed:
         return [Finding(subject=subject, says=f"{free / GIB:.1f} GiB free")]
     says = (
-        f"{free / GIB:.2f} GiB free: {data.workers} workers that prepare {data.prefetch} batches of {_CLIPS_PER_BATCH} "
+        f"{free / GIB:.2f} GiB free: {data.workers} workers that prepare {ahead} batches of {_CLIPS_PER_BATCH} "
         f"clips each take up to {needed / GIB:.1f} GiB per rank"
     )
     return [Finding(subject=subject, level="note", says=says, fix=fix)]
