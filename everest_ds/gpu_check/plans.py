@@ -54,10 +54,9 @@ def predict(setting: Setting, asked: Asked) -> Prediction:
     on_cpu = asked.device == "cpu"
     inside = planned.overheads.libraries_bytes
     outside = sum(planned.overheads.items(planned.setting.ranks).values()) - inside
-    held = (item.size_bytes for item in planned.states if on_cpu or item.place == "device")
     return Prediction(
         tensors_bytes=planned.process_peak_bytes if on_cpu else planned.predicted_peak_bytes - outside,
-        states_bytes=sum(held),
+        states_bytes=planned.states_bytes if on_cpu else planned.held_bytes("device"),
         outside_bytes=outside,
         by_batch={batch: planned.needed_bytes(batch) for batch in BATCHES},
         fits=planned.largest_micro_batch(edge_capacity_bytes(asked)),

@@ -99,7 +99,11 @@ class Plan:
     @property
     def states_bytes(self) -> int:
         """Held between steps, device and host, without overheads."""
-        held = [item for item in self.states if item.place != "nvme"]
+        return self.held_bytes("device", "host")
+
+    def held_bytes(self, *places: Place) -> int:
+        """Held between steps in some places, without overheads."""
+        held = [item for item in self.states if item.place in places]
         return sum(item.size_bytes + self.batches.micro * item.per_clip_bytes for item in held)
 
     def peak(self, micro_batch: int) -> int:

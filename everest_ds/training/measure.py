@@ -30,6 +30,7 @@ from everest_ds.config.load import build
 from everest_ds.config.logs import set_up_logging
 from everest_ds.config.schema import Recipe
 from everest_ds.data.loader import Batch
+from everest_ds.data.to_device import DeviceBatches
 from everest_ds.memory import meters
 from everest_ds.memory.objectives import heaviest_mixing, random_batch
 from everest_ds.models import build_network, forward_macs
@@ -134,6 +135,7 @@ class Run:
     batches: Batches
     objective: Objective
     batch: Batch
+    loader: DeviceBatches
     average: Average | None
 
     @classmethod
@@ -152,6 +154,7 @@ class Run:
             batches=batches,
             objective=objective_for(with_heaviest_mixing(recipe)),
             batch=batch,
+            loader=DeviceBatches.on(ranks.device(), _Same(batch)),
             average=build_average(built.engine.module, recipe),
         )
 
@@ -159,13 +162,31 @@ class Run:
         """Run one optimizer step; return its mean loss, unread."""
         engine, losses = self.built.engine, []  # losses live as long as in training/loop.py
         for _ in range(self.batches.accumulation):
-            loss = self.objective(engine, self.batch)
+            loss = self.objective(engine, next(self.loader))
             engine.backward(loss)
             losses.append(loss.detach())
+            self.loader.prefetch()
             engine.step()
         if self.average is not None:
             self.average.update()
         return torch.stack(losses).mean()
+
+
+@dataclass(frozen=True)
+class _Same:
+    """A source of the same batch, again and again, which is always there."""
+
+    batch: Batch
+
+    def __next__(self) -> Batch:
+        return self.batch
+
+    def poll(self) -> Batch:
+        """Return it."""
+        return self.batch
+
+    def close(self) -> None:
+        """There is nothing to end."""
 
 
 def with_heaviest_mixing(recipe: Recipe) -> Recipe:

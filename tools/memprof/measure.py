@@ -130,7 +130,8 @@ def compare(planned: Plan, per_rank: list[dict[str, Any]]) -> dict[str, Any]:
         "residual_bytes": measured["measured_peak_bytes"] - comparable,
         "predicted_resident_bytes": planned.process_peak_bytes if on_cpu else sum(planned.host.values()),
         "rss_growth_bytes": measured["rss_growth_bytes"],
-        "predicted_states_bytes": _states_bytes(planned, on_cpu),
+        # What a meter sees: on a CPU the host's memory is the device's.
+        "predicted_states_bytes": planned.states_bytes if on_cpu else planned.held_bytes("device"),
         "states_bytes": measured["states_bytes"],
         "predicted_message_bytes": message_bytes(planned),
         "message_bytes": sum(measured["messages"].values()),
@@ -142,11 +143,6 @@ def compare(planned: Plan, per_rank: list[dict[str, Any]]) -> dict[str, Any]:
         "flops_convention": "2 per multiply-accumulate of matrix products; backward = 2 x forward; per rank",
         "per_rank": per_rank,
     }
-
-
-def _states_bytes(planned: Plan, on_cpu: bool) -> int:
-    """What a meter sees between steps: on a CPU the host's memory is the device's."""
-    return planned.states_bytes if on_cpu else sum(i.size_bytes for i in planned.states if i.place == "device")
 
 
 def comparison_table(result: dict[str, Any]) -> Table:
