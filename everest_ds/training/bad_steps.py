@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from everest_ds.data.dataset import LOST
-from everest_ds.data.loader import Batch
 from everest_ds.training import ranks
 from everest_ds.training.metrics import MetricsFile
 
@@ -44,19 +43,19 @@ class BadSteps:
         self.total, self.in_a_row = counters.get("bad_steps", 0), counters.get("in_a_row", 0)
         self.scaler_skips = counters.get("scaler_skips", 0)
 
-    def judge(self, step: int, applied: bool, losses: Sequence[Tensor], batches: Sequence[Batch]) -> None:
+    def judge(self, step: int, applied: bool, losses: Sequence[Tensor], videos: Sequence[Tensor]) -> None:
         """Count a step; collective, and the host waits for the device, where it was skipped.
 
         Args:
             step: that was taken, counted from 1.
             applied: whether the weights have changed, the same on every rank.
             losses: of the step's passes on this rank.
-            batches: of these passes.
+            videos: ``Batch.index`` of these passes.
         """
         if applied:
             self.in_a_row = 0
             return
-        by_rank = ranks.gather(([float(loss) for loss in losses], [self._paths(batch) for batch in batches]))
+        by_rank = ranks.gather(([float(loss) for loss in losses], [self._paths(index) for index in videos]))
         finite = [all(map(math.isfinite, values)) for values, _ in by_rank]
         if all(finite) and self._searching():
             self.scaler_skips += 1
@@ -66,8 +65,8 @@ class BadSteps:
         if self._records is not None:
             self._records.write({"step": step, "what": _what(finite), "clips": _culprits(by_rank, finite)})
 
-    def _paths(self, batch: Batch) -> list[str]:
-        return [self._video(video) for video in dict.fromkeys(batch.index.tolist()) if video != LOST]
+    def _paths(self, index: Tensor) -> list[str]:
+        return [self._video(video) for video in dict.fromkeys(index.tolist()) if video != LOST]
 
 
 def _what(finite: list[bool]) -> str:

@@ -134,7 +134,7 @@ def optimizer_step(run: Training, window: Window) -> Tensor:
     lr = run.schedule(run.step)
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
-    losses, batches = [], []
+    losses, videos = [], []
     for _ in range(run.batches.accumulation):
         with window.waiting_for_data():
             batch = next(run.loader)
@@ -143,10 +143,10 @@ def optimizer_step(run: Training, window: Window) -> Tensor:
         loss = run.objective(engine, batch)
         engine.backward(loss)
         losses.append(loss.detach())
-        batches.append(batch)
+        videos.append(batch.index)  # not the batch: clips of every pass would stay
         run.loader.prefetch()
         engine.step()
-    run.bad_steps.judge(run.step + 1, engine.was_step_applied(), losses, batches)
+    run.bad_steps.judge(run.step + 1, engine.was_step_applied(), losses, videos)
     return torch.stack(losses).mean()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from host_copy import HostCopy
 
 from everest_ds.config.errors import RankError
 from everest_ds.data import to_device
@@ -44,24 +45,6 @@ class Listed:
 
     def close(self) -> None:
         self.closed = True
-
-
-class HostCopy:
-    """A copy into one of two buffers, as on a device."""
-
-    def __init__(self) -> None:
-        self.buffers = [torch.zeros(2, 3, 2, 4, 4, dtype=torch.uint8) for _ in range(2)]
-        self.turn, self.under_way = 0, False
-
-    def start(self, clips: torch.Tensor) -> None:
-        assert not self.under_way
-        self.turn, self.under_way = 1 - self.turn, True
-        self.buffers[self.turn].copy_(clips)
-
-    def finish(self) -> torch.Tensor:
-        assert self.under_way
-        self.under_way = False
-        return self.buffers[self.turn]
 
 
 def take(batches: DeviceBatches, *, prefetching: bool = True) -> Iterator[tuple[int, int]]:

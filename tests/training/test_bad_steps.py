@@ -7,16 +7,10 @@ import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler, LossScalerBase
 
-from everest_ds.data.loader import Batch
 from everest_ds.training.bad_steps import BadSteps
 from everest_ds.training.engine import searches_scale
 from everest_ds.training.metrics import MetricsFile
 from everest_ds.training.whole import WholeState
-
-
-def batch(*videos: int) -> Batch:
-    empty, index = torch.empty(len(videos), 0), torch.tensor(videos)
-    return Batch(empty, empty, index, index, bad=[], lost=0)
 
 
 @pytest.fixture
@@ -25,8 +19,9 @@ def judged(tmp_path):
         records = MetricsFile(tmp_path / "bad_steps.jsonl", from_step=0)
         steps = BadSteps(records, "video-{}.mp4".format, searching=lambda: fp16)
         steps.in_a_row = 4
-        batches = [batch(2 * i, 2 * i, 2 * i + 1, -1) for i in range(len(losses))]  # two views of one; one was lost
-        steps.judge(7, applied, [torch.tensor(loss) for loss in losses], batches)
+        # Two views of one; one was lost.
+        videos = [torch.tensor([2 * i, 2 * i, 2 * i + 1, -1]) for i in range(len(losses))]
+        steps.judge(7, applied, [torch.tensor(loss) for loss in losses], videos)
         return steps
 
     return judge
