@@ -32,7 +32,7 @@ test: install lint
 
 # The oldest version of everything that pyproject.toml allows: some 40 minutes. Its compiled ops are its own.
 test-oldest: install
-	$(RUN) -m uv venv --quiet --clear --seed --python $(PYTHON_OLDEST) $(VENV_OLDEST)
+	$(PYTHON_OLDEST) -m venv --clear $(VENV_OLDEST)
 	$(RUN) -m uv pip install --quiet --python $(VENV_OLDEST)/bin/python --resolution lowest-direct --editable '.[test]'
 	TORCH_EXTENSIONS_DIR=$(abspath $(VENV_OLDEST))/ops $(VENV_OLDEST)/bin/python $(PYTEST)
 
