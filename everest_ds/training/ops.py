@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 import sysconfig
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,13 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.git_version_info import accelerator_name, installed_ops
 from torch.utils import cpp_extension
 
+from everest_ds.training.failed_builds import forget, remember, remembered
+from everest_ds.training.obstacle import Obstacle
+from everest_ds.training.toolkit import ADDED, missing_headers, missing_toolkit, use_toolkit
+
 log = logging.getLogger(__name__)
 
 _WHAT_IS_MISSING = {"async_io": ("no libaio with its headers", "apt-get install libaio-dev")}
-
-
-@dataclass(frozen=True)
-class Obstacle:
-    """Why something can't be had here, and the command or setting that changes it (if one is known)."""
-
-    why: str
-    fix: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.why}: {self.fix}" if self.fix else self.why
 
 
 def missing_compiler() -> Obstacle | None:
@@ -58,12 +50,18 @@ def op_obstacle(name: str, *, build: bool) -> Obstacle | None:
         name: class of DeepSpeed's builder, such as "FusedAdamBuilder".
         build: build it if need be, which takes a minute or two the first time; else judge by what that would need.
     """
+    own_ninja_first()
     builder = get_accelerator().create_op_builder(name)
     if builder is None:
         return Obstacle(f"DeepSpeed has no {name} for {get_accelerator().device_name()}")
-    if not prebuilt(builder) and (missing := missing_compiler()):
-        return missing
-    return _failure_to_load(builder, name) if build else _foreseen(builder)
+    if prebuilt(builder):
+        return _failure_to_load(builder, name) if build else None
+    return (
+        missing_compiler()
+        or (_prepare_cuda(builder) if _needs_cuda(builder) else None)
+        or remembered(build_folder(builder.name))
+        or (_failure_to_load(builder, name) if build else _foreseen(builder))
+    )
 
 
 def own_ninja_first() -> None:
@@ -97,25 +95,38 @@ def build_folder(name: str) -> Path:
     return Path(cpp_extension.get_default_build_root(), f"{python}_{target}", name)
 
 
+def _prepare_cuda(builder: Any) -> Obstacle | None:
+    # Only then the headers: what was built is loaded without them, but not without the toolkit.
+    if missing := missing_toolkit() or (None if built(builder) else missing_headers()):
+        return missing
+    use_toolkit()
+    return None
+
+
+def _needs_cuda(builder: Any) -> bool:
+    # Not at the top: on other accelerators nobody needs it.
+    from deepspeed.ops.op_builder.builder import CUDAOpBuilder  # noqa: PLC0415
+
+    return isinstance(builder, CUDAOpBuilder) and get_accelerator().device_name() == "cuda" and not torch.version.hip
+
+
 def _failure_to_load(builder: Any, name: str) -> Obstacle | None:
-    own_ninja_first()
+    folder = build_folder(builder.name)
     if not prebuilt(builder) and not built(builder):
-        log.warning("building DeepSpeed's %s, once: minutes, and every rank waits (%s)", builder.name, build_folder(""))
+        headers = f", headers from {os.environ[ADDED]}" if ADDED in os.environ else ""
+        said = "building DeepSpeed's %s, once: minutes, and every rank waits (%s%s)"
+        log.warning(said, builder.name, folder.parent, headers)
     try:
         builder.load(verbose=False)
     except Exception as error:
-        return Obstacle(f"DeepSpeed's {name} did not build ({str(error).partition(chr(10))[0]})")
+        return remember(folder, f"DeepSpeed's {name} did not build", error)
+    forget(folder)
     return None
 
 
 def _foreseen(builder: Any) -> Obstacle | None:
-    if prebuilt(builder):
-        return None
     if not builder.is_compatible(verbose=False):
         return Obstacle(*_WHAT_IS_MISSING.get(builder.name, (f"DeepSpeed says that {builder.name} can't run here",)))
-    if _needs_cuda(builder) and (missing := missing_toolkit()):
-        return missing
-    # Only now: DeepSpeed asks for all of that before it loads what was built, too.
     if built(builder):
         return None
     folder = build_folder(builder.name)
@@ -123,21 +134,3 @@ def _foreseen(builder: Any) -> Obstacle | None:
     if not (there.is_dir() and os.access(there, os.W_OK)):
         return Obstacle(f"{there} can't be written to", "set TORCH_EXTENSIONS_DIR to a folder that can be")
     return None
-
-
-def missing_toolkit() -> Obstacle | None:
-    """Say whether nvcc is missing, which builds CUDA ops."""
-    # Not at the top: on other accelerators nobody needs it.
-    from deepspeed.ops.op_builder.builder import MissingCUDAException, installed_cuda_version  # noqa: PLC0415
-
-    try:
-        installed_cuda_version()
-    except MissingCUDAException:
-        return Obstacle("no CUDA toolkit (nvcc)", f"install the CUDA {torch.version.cuda} toolkit and set CUDA_HOME")
-    return None
-
-
-def _needs_cuda(builder: Any) -> bool:
-    from deepspeed.ops.op_builder.builder import CUDAOpBuilder  # noqa: PLC0415 - as above
-
-    return isinstance(builder, CUDAOpBuilder) and get_accelerator().device_name() == "cuda" and not torch.version.hip

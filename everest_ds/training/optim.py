@@ -16,7 +16,8 @@ from everest_ds.config.ds_config import offloads_optimizer
 from everest_ds.config.errors import UserError
 from everest_ds.config.schema import OptimConfig
 from everest_ds.models.parameter_groups import parameter_groups
-from everest_ds.training.ops import Obstacle, op_obstacle
+from everest_ds.training.obstacle import Obstacle
+from everest_ds.training.ops import op_obstacle
 
 _ADAM_TYPES = ("adam", "adamw")
 

@@ -4,7 +4,7 @@ import os
 import resource
 import sys
 from dataclasses import replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import pytest
@@ -16,8 +16,9 @@ from rich.console import Console
 from torch.utils import cpp_extension
 
 from everest_ds.config.errors import UserError
-from everest_ds.training import ops
+from everest_ds.training import ops, toolkit
 from everest_ds.training.doctor import adam, cgroup, checks, decoders, devices, first_look, host, page, versions
+from everest_ds.training.doctor.declared import declared
 from everest_ds.training.doctor.findings import Finding, can_train, to_fix
 
 ON_CPU = get_accelerator().device_name() == "cpu"
@@ -193,7 +194,10 @@ def test_a_driver_that_torch_does_not_use_is_noted(monkeypatch, tmp_path):
 def test_a_toolkit_of_another_cuda_is_noted(monkeypatch, tmp_path):
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
     assert devices.toolkit().says == "no CUDA toolkit (nvcc)"
-    (tmp_path / "bin").mkdir()
+    for folder in ("bin", "include"):
+        (tmp_path / folder).mkdir()
+    for header in ("cuda_runtime.h", *toolkit._HEADERS):
+        (tmp_path / "include" / header).touch()
     compiler = tmp_path / "bin/nvcc"
     compiler.write_text("#!/bin/sh\necho Cuda compilation tools, release 12.4, V12.4.131\n")
     compiler.chmod(0o755)
@@ -202,6 +206,11 @@ def test_a_toolkit_of_another_cuda_is_noted(monkeypatch, tmp_path):
     assert devices.toolkit().says.startswith("12.4, but torch was built with 13.0")
     monkeypatch.setattr(torch.version, "cuda", "12.6")
     assert devices.toolkit() == Finding(subject="CUDA toolkit", says="12.4")
+    (tmp_path / "include/cusparse.h").unlink()
+    monkeypatch.setattr(toolkit, "_in_pip", lambda header: None)
+    found = devices.toolkit()
+    assert found.level == "note"
+    assert found.says == f"no cusparse.h in {tmp_path}/include, nor in pip's nvidia packages"
 
 
 def test_wrong_frames_are_a_problem(monkeypatch):
@@ -224,27 +233,82 @@ def test_a_decoder_that_does_not_load_is_a_problem(monkeypatch):
     assert found.fix.startswith("pip install --force-reinstall decord")
 
 
-def test_the_tested_versions_are_those_that_tests_run_on():
-    """Of every package that pyproject.toml leaves open above; a release of one of them today is no failure of ours."""
-    wanted = versions._requirements()
-    assert set(versions.TESTED) == {
-        name
-        for name in versions._LOOKED_AT
-        if name in wanted and not any(one.operator in ("<", "==") for one in wanted[name].specifier)
-        if name not in versions._DECODERS
-    }
+def test_the_tested_versions_begin_with_the_lower_bounds_and_end_with_what_tests_run_on():
+    """Of every package that pyproject.toml leaves open; a release of one of them today is no failure of ours."""
+    wanted = declared().here()
+    assert set(versions.TESTED) == set(versions._LOOKED_AT) - set(versions._DECODERS) - {"deepspeed"}
+    newest = versions.release(version("torch")) == versions.TESTED["torch"][-1]
     for name, tested in versions.TESTED.items():
-        assert Version(version(name)) >= Version(tested), f"the tests never ran on {name} {tested}"
+        lowest = next(one.version for one in wanted[name].specifier if one.operator == ">=")
+        assert tested[0] == versions.release(lowest if "." in lowest else f"{lowest}.0")
+        assert list(tested) == sorted(tested, key=Version)
+        if newest:
+            assert Version(version(name)) >= Version(tested[-1]), f"the tests never ran on {name} {tested[-1]}"
 
 
-def test_a_version_out_of_bounds_is_noted_with_the_command(monkeypatch):
-    installed = {"torch": "2.13.1", "timm": "1.7.0"}
-    monkeypatch.setattr(versions, "version", lambda name: installed.get(name, version(name)))
-    found = by_subject(versions.packages())
-    assert found["torch"].level == "note"
-    assert "2.13.1 is outside of what was tested" in found["torch"].says
-    assert found["torch"].fix == f"pip install 'torch{versions._requirements()['torch'].specifier}'"
-    assert found["timm"] == Finding(subject="timm", says=f"1.7.0 (tests ran on {versions.TESTED['timm']})")
+@pytest.mark.parametrize(
+    ("torch_version", "level", "says"),
+    [
+        ("2.5.1", "note", "2.5.1 is outside of what was tested (<2.15,>=2.6)"),
+        ("2.6.0", "ok", "2.6.0"),
+        ("2.9.1+cu128", "ok", "2.9.1+cu128 (tests ran on 2.6, 2.11 and 2.14)"),
+        ("2.11.0+cu130", "ok", "2.11.0+cu130"),
+        ("2.14.1", "ok", "2.14.1"),
+        ("2.15.0", "note", "2.15.0 is outside of what was tested (<2.15,>=2.6)"),
+    ],
+)
+def test_it_knows_the_range_of_torch(torch_version, level, says, monkeypatch):
+    monkeypatch.setattr(versions, "version", lambda name: torch_version if name == "torch" else version(name))
+    found = by_subject(versions.packages())["torch"]
+    fix = "pip install 'torch<2.15,>=2.6'" if level == "note" else ""
+    assert found == Finding(subject="torch", level=level, says=says, fix=fix)
+
+
+def test_a_version_after_the_last_tested_one_is_named(monkeypatch):
+    monkeypatch.setattr(versions, "version", lambda name: "1.7.0" if name == "timm" else version(name))
+    assert by_subject(versions.packages())["timm"] == Finding(subject="timm", says="1.7.0 (tests ran on 1.0)")
+
+
+def test_packages_that_only_commands_need_are_named_when_missing(monkeypatch):
+    def without_rich(name):
+        if name == "rich":
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    assert "rich" not in by_subject(versions.packages())
+    monkeypatch.setattr(versions, "version", without_rich)
+    missing = by_subject(versions.packages())["rich"]
+    assert missing == Finding(subject="rich", level="problem", says="not installed", fix="pip install 'rich>=13.7'")
+
+
+def test_from_pythonpath_it_asks_for_what_the_checkout_asks_for(tmp_path):
+    """Not installed, every package there: an environment whose metadata know nothing of the project."""
+    metadata_of_others = "import importlib.metadata as m; d = m.distribution; found = m.Distribution.from_name\n"
+    (tmp_path / "sitecustomize.py").write_text(
+        f"{metadata_of_others}"
+        "def named(name):\n"
+        "    if name == 'everest_ds':\n"
+        "        raise m.PackageNotFoundError(name)\n"
+        "    return found(name)\n"
+        "m.Distribution.from_name = staticmethod(named)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    said = json.loads(run("tools/doctor.py", "--quick", "--json", PYTHONPATH=path).stdout)
+    assert said["can_train"] is True
+    found = {one["subject"]: one for one in said["findings"]}
+    assert "everest_ds" not in found
+    assert found["torch"]["says"].startswith(version("torch"))
+
+
+def test_a_project_file_of_another_package_is_not_ours(tmp_path):
+    (tmp_path / "pyproject.toml").write_text("[project]\nname = 'other'\ndependencies = ['torch<1']\n")
+    assert declared(tmp_path / "pyproject.toml").here().keys() >= {"torch", "deepspeed"}
+    (tmp_path / "pyproject.toml").write_text(
+        "[project]\nname = 'everest_ds'\nrequires-python = '>=3'\n"
+        "dependencies = ['torch<1', 'exceptiongroup; python_version < \"3\"']\n"
+    )
+    ours = declared(tmp_path / "pyproject.toml").here()
+    assert {name: str(one.specifier) for name, one in ours.items()} == {"torch": "<1"}
 
 
 def write(root, texts):

@@ -9,7 +9,7 @@ import pytest
 from everest_ds.config.errors import UserError
 from everest_ds.config.load import load_recipe
 from everest_ds.training import engine
-from everest_ds.training.ops import Obstacle
+from everest_ds.training.obstacle import Obstacle
 
 
 def on_nvme(folder: Path) -> dict[str, Any]:

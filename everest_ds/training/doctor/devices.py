@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from everest_ds.training import ops, ranks
+from everest_ds.training import ranks
 from everest_ds.training.doctor.findings import Finding
 from everest_ds.training.doctor.host import GIB, processor
+from everest_ds.training.toolkit import missing_headers, missing_toolkit
 
 _NVIDIA = Path("/proc/driver/nvidia/version")
 _HIDING = "CUDA_VISIBLE_DEVICES"
@@ -63,7 +64,7 @@ def _how_to_use() -> str:
 
 def toolkit() -> Finding:
     """Hold the toolkit that builds DeepSpeed's ops against torch's CUDA: other major versions often don't go."""
-    missing = ops.missing_toolkit()
+    missing = missing_toolkit() or missing_headers()
     if missing:
         return Finding(subject="CUDA toolkit", level="note", says=missing.why, fix=missing.fix)
     from deepspeed.ops.op_builder.builder import installed_cuda_version  # noqa: PLC0415 - needed for CUDA alone

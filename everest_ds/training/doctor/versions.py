@@ -4,29 +4,49 @@ from __future__ import annotations
 
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
+from everest_ds.training.doctor.declared import Declared, declared
 from everest_ds.training.doctor.findings import Finding
 from everest_ds.training.doctor.imports import failure
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-# What the tests last ran on, where pyproject.toml allows more. A test compares it with what it finds installed.
-TESTED = {"deepspeed": "0.19", "timm": "1.0", "av": "18.1", "numpy": "2.4"}
+# What the tests ran on, where pyproject.toml allows more: its lower bounds first (make test-oldest).
+TESTED = {
+    "torch": ("2.6", "2.11", "2.14"),
+    "torchvision": ("0.21", "0.26", "0.29"),
+    "timm": ("1.0",),
+    "av": ("14.0", "18.1"),
+    "numpy": ("1.26", "2.4"),
+}
 _LOOKED_AT = ("torch", "torchvision", "deepspeed", "timm", "decord", "decord2", "av", "numpy")
 _DECODERS = ("decord", "decord2")  # loaded and tried by a check of their own
 
 
 def packages() -> list[Finding]:
-    """Look at Python and at every package that runs a model or reads a video."""
-    try:
-        wanted = _requirements()
-    except (PackageNotFoundError, ModuleNotFoundError):
+    """Look at Python and at every package that runs a model or reads a video; of others at those that are missing."""
+    if failure("packaging"):
         says = f"not installed with its packages in this Python ({sys.executable})"
         return [Finding(subject="everest_ds", level="problem", says=says, fix="make install")]
-    return [_python(), *(_package(wanted[name]) for name in _LOOKED_AT if name in wanted)]
+    asked, unread = _declared()
+    found = {name: _package(wanted) for name, wanted in asked.here().items()}
+    others = [finding for name, finding in found.items() if name not in _LOOKED_AT and finding.level != "ok"]
+    return [*unread, _python(asked), *(found[name] for name in _LOOKED_AT if name in found), *others]
+
+
+def _declared() -> tuple[Declared, list[Finding]]:
+    """Return what is asked for, or bare names with a note: a checkout that isn't installed, in Python 3.10."""
+    try:
+        return declared(), []
+    except PackageNotFoundError:
+        says = "not installed, and this Python can't read pyproject.toml: versions not looked at"
+        names = [name for name in _LOOKED_AT if name not in _DECODERS]
+        note = Finding(subject="everest_ds", level="note", says=says, fix="pip install tomli")
+        return Declared(requirements=names, python=""), [note]
 
 
 def release(installed: str) -> str:
@@ -34,22 +54,16 @@ def release(installed: str) -> str:
     return ".".join(installed.split(".")[:2])
 
 
-def _requirements() -> dict[str, Requirement]:
-    """Return what pyproject.toml asks for on this platform, by name."""
-    from packaging.requirements import Requirement  # noqa: PLC0415 - may be missing, which is a finding
+def _python(asked: Declared) -> Finding:
+    from packaging.specifiers import SpecifierSet  # noqa: PLC0415 - may be missing, which is a finding
 
-    parsed = map(Requirement, requires("everest_ds") or [])
-    return {one.name: one for one in parsed if one.marker is None or one.marker.evaluate({"extra": ""})}
-
-
-def _python() -> Finding:
-    from packaging.specifiers import SpecifierSet  # noqa: PLC0415 - as above
-
-    found, wanted = platform.python_version(), metadata("everest_ds")["Requires-Python"]
-    if SpecifierSet(wanted).contains(found, prereleases=True):
+    found = platform.python_version()
+    if SpecifierSet(asked.python).contains(found, prereleases=True):
         return Finding(subject="python", says=found)
     fix = "make install PYTHON=python3.12 VENV=.venv-3.12"
-    return Finding(subject="python", level="note", says=f"{found} is outside of what was tested ({wanted})", fix=fix)
+    return Finding(
+        subject="python", level="note", says=f"{found} is outside of what was tested ({asked.python})", fix=fix
+    )
 
 
 def _package(wanted: Requirement) -> Finding:
@@ -58,10 +72,17 @@ def _package(wanted: Requirement) -> Finding:
         found = version(name)
     except PackageNotFoundError:
         return Finding(subject=name, level="problem", says="not installed", fix=fix)
-    if name not in _DECODERS and (reason := failure(name)):
+    if name in _LOOKED_AT and name not in _DECODERS and (reason := failure(name)):
         return Finding(subject=name, level="problem", says=f"{found} does not import ({reason})", fix=fix)
     if not wanted.specifier.contains(found, prereleases=True):
         says = f"{found} is outside of what was tested ({wanted.specifier})"
         return Finding(subject=name, level="note", says=says, fix=fix)
-    tested = TESTED.get(name, release(found))
-    return Finding(subject=name, says=found if release(found) == tested else f"{found} (tests ran on {tested})")
+    tested = TESTED.get(name, (release(found),))
+    return Finding(
+        subject=name, says=found if release(found) in tested else f"{found} (tests ran on {_listed(tested)})"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return names as a sentence lists them."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
