@@ -1,5 +1,6 @@
 # make demo: set up, write small motion videos, pre-train on them.  make test: set up, check everything.
-# make demo VENV= PYTHON=python3: the same in the environment that is there, with nothing installed (docs/offline.md).
+# make gpu-check: one GPU looked at.
+# With VENV= PYTHON=python3: the same in the environment that is there, with nothing installed (docs/offline.md).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(addsuffix /bin/,$(VENV))
@@ -15,7 +16,7 @@ ifndef VENV
 export PYTHONPATH := $(CURDIR)$(addprefix :,$(PYTHONPATH))
 endif
 
-.PHONY: demo test test-oldest soak lint install bundle clean
+.PHONY: demo gpu-check test test-oldest soak lint install bundle clean
 
 install: $(INSTALLED)
 
@@ -26,6 +27,10 @@ $(INSTALLED): pyproject.toml
 
 demo: install
 	$(RUN) tools/demo.py
+
+# One GPU beside what the project says of it, in 8 minutes: docs/gpu-check/README.md.
+gpu-check: install
+	$(RUN) tools/gpu_check.py $(GPU_CHECK)
 
 test: install lint
 	$(RUN) $(PYTEST)
