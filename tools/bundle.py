@@ -73,8 +73,11 @@ def resolve(python: str, packages: Sequence[str], constraints: Sequence[str] = (
         asked, bounds = Path(folder, "asked.txt"), Path(folder, "bounds.txt")
         asked.write_text("\n".join(packages), encoding="utf-8")
         bounds.write_text("\n".join(constraints), encoding="utf-8")
+        bounded: list[str | Path] = ["--constraints", bounds] if constraints else []
         target = ["--python-version", python, "--python-platform", f"x86_64-manylinux_2_{_NEWEST_GLIBC}"]
-        return run("uv", "pip", "compile", asked, "--constraints", bounds, *target, "--no-header", "--no-annotate")
+        # Nor need it be on this machine.
+        asking = ["uv", "pip", "compile", "--no-python-downloads", "--no-header", "--no-annotate"]
+        return run(*asking, *target, *bounded, asked)
 
 
 def collect(packages: Sequence[str], python: str, out: Path) -> None:
@@ -106,7 +109,7 @@ def run(*command: str | Path, **variables: str) -> list[str]:
         [sys.executable, "-m", *command], capture_output=True, text=True, env=environment, check=False
     )
     if done.returncode:
-        said = " ".join(line.strip() for line in done.stderr.splitlines() if not line.startswith("WARNING"))
+        said = " ".join(line.strip() for line in done.stderr.splitlines() if not line.lower().startswith("warning"))
         reason = shortened(said, _LONGEST_REASON)
         raise UserError(f"{' '.join(map(str, command[:2]))}, which needs a network, failed: {reason}")
     return done.stdout.splitlines()

@@ -26,6 +26,8 @@ from everest_ds.training.toolkit import ADDED, missing_headers, missing_toolkit,
 
 log = logging.getLogger(__name__)
 
+# torch's, while it builds. It stays when the process is killed, and all others wait for ever.
+_LOCK = "lock"
 _WHAT_IS_MISSING = {"async_io": ("no libaio with its headers", "apt-get install libaio-dev")}
 
 
@@ -116,6 +118,10 @@ def _failure_to_load(builder: Any, name: str) -> Obstacle | None:
         headers = f", headers from {os.environ[ADDED]}" if ADDED in os.environ else ""
         said = "building DeepSpeed's %s, once: minutes, and every rank waits (%s%s)"
         log.warning(said, builder.name, folder.parent, headers)
+    if (lock := folder / _LOCK).exists():
+        log.warning(
+            "waiting for another process to build %s; if none does (it was killed), delete %s", builder.name, lock
+        )
     try:
         builder.load(verbose=False)
     except Exception as error:
