@@ -122,7 +122,7 @@ _DETERMINISM: tuple[tuple[str, str, str, Callable[[], contextlib.AbstractContext
     ("bf16, fused, deterministic algorithms", "bf16", "fused", _deterministic),
     ("fp32, fused", "fp32", "fused", contextlib.nullcontext),
 )
-# What docs/reliability.md promises.
+# What docs/reliability.md expects.
 _CLAIMED = ("bf16, eager", "bf16, fused, deterministic algorithms")
 
 
@@ -141,7 +141,5 @@ def _bits(
         (_, ours), (_, again) = _train(setting, asked), _train(setting, asked)
     same = all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
     if claimed and not same:
-        raise WrongError(
-            "the same steps gave other bits, which docs/reliability.md promises not to", {"same_bits": same}
-        )
+        raise WrongError("the same steps gave other bits; docs/reliability.md expects the same", {"same_bits": same})
     return {"same_bits": same}
