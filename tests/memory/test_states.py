@@ -87,7 +87,13 @@ CLASSIFIER = ClassifierConfig(size="vit_micro", image_size=48, classes=10)
 
 @pytest.mark.parametrize(
     ("model", "weight_decay", "layer_decay", "groups"),
-    [(MODEL, 0.05, 1.0, 2), (MODEL, 0.0, 1.0, 1), (CLASSIFIER, 0.05, 1.0, 2), (CLASSIFIER, 0.05, 0.75, 12)],
+    [
+        (MODEL, 0.05, 1.0, {2}),
+        (MODEL, 0.0, 1.0, {1, 2}),  # timm 1.0.20 makes two of equal decay, later ones one
+        (CLASSIFIER, 0.05, 1.0, {2}),
+        # Four blocks: the embedding, the blocks and the head, two each.
+        (CLASSIFIER, 0.05, 0.75, {12}),
+    ],
 )
 def test_groups_are_the_optimizers(model, weight_decay, layer_decay, groups):
     spec = TraceSpec(model=model, weight_decay=weight_decay, layer_decay=layer_decay)
@@ -96,7 +102,7 @@ def test_groups_are_the_optimizers(model, weight_decay, layer_decay, groups):
     names = {id(p): name for name, p in network.named_parameters()}
     theirs = [[names[id(p)] for p in g["params"]] for g in parameter_groups(network, weight_decay, layer_decay)]
     assert ours == theirs
-    assert len(ours) == groups  # of a classifier of four blocks: the embedding, the blocks and the head, two each
+    assert len(ours) in groups
 
 
 def test_zero2_pads_every_group():
