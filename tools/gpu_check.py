@@ -2,8 +2,12 @@
 
 import argparse
 import shlex
+import signal
 import sys
 from pathlib import Path
+
+# This checkout's package, whatever else is installed: its parts start its scripts and read its fixtures.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from everest_ds.config.errors import UserError, nearest, one_line_errors
 from everest_ds.gpu_check.parts import BY_NAME, MACHINE, PARTS, Part
@@ -29,10 +33,14 @@ def main() -> int:
             print("gpu_check: no GPU here: nothing to check (--device cpu --tiny takes the same path)", file=sys.stderr)
             return 0
         # torch and DeepSpeed take seconds to load, and need not be there for what is above.
+        from everest_ds.gpu_check import smi  # noqa: PLC0415
         from everest_ds.gpu_check.check import Check, failed  # noqa: PLC0415
 
+        # The processes that it has started end with it.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         check = Check(
             device=arguments.device,
+            card=smi.card() if arguments.device == "cuda" else "",
             tiny=arguments.tiny,
             minutes=arguments.minutes,
             out=arguments.out.resolve(),

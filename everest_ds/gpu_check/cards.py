@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 
 from everest_ds.gpu_check.cases import Values
-from everest_ds.gpu_check.constants import ATTENTION, PROCESS
+from everest_ds.gpu_check.constants import ATTENTION, PROCESS, PRODUCTS
 from everest_ds.gpu_check.machine import DESCRIPTION
 from everest_ds.memory.overheads import CARDS
 from everest_ds.training import files
@@ -16,10 +16,10 @@ _FACTS = ("driver", "cuda", "cudnn", "nccl", "torch", "date")
 
 def entry(values: Mapping[str, Values]) -> Values:
     """Make a card's entry from the values of the cases of ``machine`` and ``constants``."""
-    process, description = values[PROCESS], values[DESCRIPTION]
+    description = values[DESCRIPTION]
     return {
-        "context_bytes": process["context_bytes"],
-        "libraries_bytes": process["libraries_bytes"],
+        "context_bytes": values[PROCESS]["context_bytes"],
+        "libraries_bytes": values[PRODUCTS]["libraries_bytes"],
         "attention": {case: found for case, found in values.items() if case.startswith(ATTENTION)},
         **{fact: description[fact] for fact in _FACTS},
     }
@@ -27,7 +27,7 @@ def entry(values: Mapping[str, Values]) -> Values:
 
 def keep(values: Mapping[str, Values]) -> str:
     """Put a card's constants into the planner's file; return a line that says so, or why not."""
-    if PROCESS not in values or DESCRIPTION not in values:
+    if not {PROCESS, PRODUCTS, DESCRIPTION} <= set(values):
         return f"{CARDS}: unchanged, the constants are incomplete"
     card = values[DESCRIPTION]["card"]
     cards = json.loads(CARDS.read_text(encoding="utf-8")) | {card: entry(values)}

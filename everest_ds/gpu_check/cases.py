@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import time
 import traceback
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from everest_ds.config.errors import UserError, shortened
-from everest_ds.config.json_text import parse_json
 
 Values = dict[str, Any]
 Status = Literal["ok", "failed", "not run"]
@@ -25,12 +25,13 @@ _LONGEST_REASON = 300
 class Asked:
     """What the check is asked for.
 
-    ``device``: "cuda" or "cpu". ``tiny``: models and batches that a CPU is done with in no time. ``folder``: where
-    parts may write while the check lasts; ``out``: where what is kept goes. ``deadline`` of the part and ``end`` of the
-    check are as ``time.time()`` counts.
+    ``device``: "cuda" or "cpu"; ``card``: the GPU's name, as the driver has it. ``tiny``: models and batches that a CPU
+    is done with in no time. ``folder``: where parts may write while the check lasts; ``out``: where what is kept goes.
+    ``deadline`` of the part and ``end`` of the check are as ``time.time()`` counts.
     """
 
     device: str
+    card: str
     tiny: bool
     folder: Path
     out: Path
@@ -65,11 +66,18 @@ class Case:
     """One row: ``run`` returns its numbers.
 
     It raises :class:`NotHereError` where there is nothing to look at, :class:`WrongError` where a claim doesn't hold;
-    whatever else it raises is a failure, too.
+    whatever else it raises is a failure, too. ``least_s``: how much time its part must have left for it to begin;
+    ``always``: it takes none, and is run when there is no time left, too.
     """
 
     name: str
     run: Callable[[], Values]
+    least_s: float = 0.0
+    always: bool = False
+
+    def may_begin(self, deadline: float) -> bool:
+        """Say whether there is time for it."""
+        return self.always or time.time() + self.least_s <= deadline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,17 +114,36 @@ def run_case(part: str, case: Case) -> Row:
         status, reason = "failed", f"{type(error).__name__}: {' '.join(str(error).split())}"
     seconds = time.monotonic() - start
     reason = shortened(reason, _LONGEST_REASON)
-    return Row(part=part, case=case.name, status=status, reason=reason, seconds=seconds, values=values)
+    return Row(part=part, case=case.name, status=status, reason=reason, seconds=seconds, values=_plain(values))
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON can hold it: what isn't a finite number is a word."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What a part has written: its rows, a case that has begun and not ended (else ""), and if it came to its end."""
+
+    rows: list[Row]
+    begun: str
+    ended: bool
 
 
 class RowsFile:
     """A file of rows, one JSON object a line, each on disk before the next case begins.
 
-    A case's first line says that it has begun; if the process ends before the second, :meth:`read` knows where.
+    A case's first line says that it has begun, the last of all that the part has ended: if its process ends in between,
+    :meth:`read` knows where.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
 
     def begin(self, case: str) -> None:
         """Note that a case begins."""
@@ -126,24 +153,26 @@ class RowsFile:
         """Write a case's row."""
         self._append(row.as_json())
 
+    def end(self) -> None:
+        """Note that the part is done."""
+        self._append({"ended": True})
+
     def _append(self, line: dict[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
-    def read(self) -> tuple[list[Row], str]:
-        """Return the rows, and the name of a case that began and never ended ("" if there is none)."""
-        rows, begun = [], ""
-        lines: Iterable[str] = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else ()
+    def read(self) -> Written:
+        """Return what is there so far."""
+        rows, begun, ended = [], "", False
+        lines: Iterable[str] = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else ()
         for line in lines:
             try:
-                values = parse_json(line)
-            except ValueError:  # the process ended while it wrote
+                values = json.loads(line)
+            except ValueError:  # not written to its end
                 continue
-            if "begun" in values:
-                begun = values["begun"]
-            else:
+            begun, ended = values.get("begun", ""), "ended" in values
+            if "case" in values:
                 rows.append(Row(**values))
-                begun = ""
-        return rows, begun
+        return Written(rows=rows, begun=begun, ended=ended)

@@ -13,30 +13,34 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from everest_ds.gpu_check.cases import Asked, Case, NotHereError, Values
+from everest_ds.gpu_check.settings import Setting
 from everest_ds.memory.meters import StorageMeter
 from everest_ds.training import ranks
+from everest_ds.training.measure import Run
 
-PROCESS = "memory of a process"
+PRODUCTS, PROCESS = "first products", "memory of a process"
 ATTENTION = "attention"
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _SIDE = 1024
+_SMALL, _STEPS = Setting(name="small", size="vit_small", clips=8), 2
 _ELEMENTS = 2**20
-# Visible and kept tokens of EVEREST, and all of them; the widths of a head of ViT-S to L, and of ViT-g.
-_TOKENS, _HEAD_WIDTHS = (156, 470, 1568), (64, 88)
+# Visible and kept tokens of EVEREST, and all of them; the widths of a head of ViT-S to L, of ViT-H and of ViT-g.
+_TOKENS, _HEAD_WIDTHS = (156, 470, 1568), (64, 80, 88)
 _CLIPS, _HEADS = 8, 12
 
 
 def cases(asked: Asked) -> Iterator[Case]:
     """The driver's part first: a process has one first time."""
-    yield Case(name=PROCESS, run=partial(_process, asked))
+    yield Case(name=PRODUCTS, run=partial(_products, asked))
     yield Case(name="first collective", run=partial(_first_collective, asked))
+    yield Case(name=PROCESS, run=partial(_process, asked))
     for precision, tokens, width in itertools.product(_DTYPES, _TOKENS, _HEAD_WIDTHS):
         if not asked.tiny or tokens == _TOKENS[0]:
             name = f"{ATTENTION} {precision}, {tokens} tokens, heads of {width}"
             yield Case(name=name, run=partial(_attention, asked.device, _DTYPES[precision], tokens, width))
 
 
-def _process(asked: Asked) -> Values:
+def _products(asked: Asked) -> Values:
     """Bytes outside the allocator, and those of workspaces in it, after each thing that is done for the first time."""
     _needs_gpu(asked)
     device = torch.device("cuda")
@@ -55,7 +59,19 @@ def _process(asked: Asked) -> Values:
         found[f"{name}_forward_workspace_bytes"], found[f"{name}_backward_workspace_bytes"] = forward, both - forward
         del left, product
     workspaces = sum(value for key, value in found.items() if key.endswith("workspace_bytes"))
-    return {"context_bytes": _outside(device), "libraries_bytes": workspaces, **found}
+    return {"libraries_bytes": workspaces, **found}
+
+
+def _process(asked: Asked) -> Values:
+    """Bytes outside the allocator once a small model has been trained, when every kernel of a step is loaded."""
+    _needs_gpu(asked)
+    ranks.start()
+    run = Run.start(_SMALL.recipe(asked), _SMALL.ds_config())
+    for _ in range(_STEPS):
+        run.step()
+    outside = _outside(ranks.device())
+    run.built.engine.destroy()
+    return {"context_bytes": outside}
 
 
 def _first_collective(asked: Asked) -> Values:

@@ -21,7 +21,7 @@ def cases(asked: Asked) -> Iterator[Case]:
     rate: dict[str, float] = {}
     yield Case(name="reading", run=lambda: _read(asked, rate))
     if rate:
-        yield Case(name="cores", run=lambda: _cores(asked, rate["clips_per_s"]))
+        yield Case(name="cores", run=lambda: _cores(asked, rate["clips_per_s"]), always=True)
 
 
 def _read(asked: Asked, found: dict[str, float]) -> Values:
@@ -45,6 +45,6 @@ def _read(asked: Asked, found: dict[str, float]) -> Values:
 
 def _cores(asked: Asked, clips_per_s: float) -> Values:
     """Cores like these that keep one device as busy as it was with clips made in memory."""
-    rows, _ = RowsFile(asked.folder / "speed.jsonl").read()
+    rows = RowsFile(asked.folder / "speed.jsonl").read().rows
     speeds = {row.case: row.values["clips_per_s"] for row in rows if "clips_per_s" in row.values}
     return {case: math.ceil(speed / clips_per_s) for case, speed in speeds.items()}

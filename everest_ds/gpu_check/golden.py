@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,7 +73,12 @@ class Comparison:
     @property
     def worst(self) -> float:
         """The largest error."""
-        return max(self.errors.values())
+        return largest(self.errors.values())
+
+
+def largest(errors: Iterable[float]) -> float:
+    """Return the largest number; what isn't a number is larger than all."""
+    return max((math.inf if math.isnan(error) else error for error in errors), default=0.0)
 
 
 def error(ours: Tensor, golden: Tensor) -> float:
@@ -158,7 +164,8 @@ def _importance(model: MaskedAutoencoder, clips: Tensor, slots: int) -> Tensor:
 
 def _gradients(model: nn.Module, golden: Tensors) -> float:
     """The largest error of any parameter's gradient, k's biases left out: the reference has none."""
-    expected, worst = from_official(group(golden, "grads/")), 0.0
+    expected = from_official(group(golden, "grads/"))
+    errors: list[float] = []
     if not expected:
         raise UserError("the fixture holds no gradients")
     ours = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -171,8 +178,8 @@ def _gradients(model: nn.Module, golden: Tensors) -> float:
             pairs = [(got[:width], gradient[:width]), (got[2 * width :], gradient[2 * width :])]
         else:
             pairs = [(got, gradient)]
-        worst = max(worst, *(error(a, b) for a, b in pairs))
-    return worst
+        errors += [error(a, b) for a, b in pairs]
+    return largest(errors)
 
 
 @contextlib.contextmanager

@@ -8,11 +8,15 @@ from collections.abc import Iterator
 from functools import partial
 
 from everest_ds.gpu_check import official, plans
-from everest_ds.gpu_check.cases import Asked, Case, NotHereError, Values
-from everest_ds.gpu_check.settings import MEMORY, Setting
+from everest_ds.gpu_check.cases import Asked, Case, NotHereError, Values, WrongError
+from everest_ds.gpu_check.settings import MEMORY, Setting, plain_name
+from everest_ds.memory import meters
+from everest_ds.memory.gpus import gib
 from everest_ds.training import ranks
 from everest_ds.training.engine import supports
 from everest_ds.training.measure import measure
+
+_BOUND = 0.1
 
 
 def cases(asked: Asked) -> Iterator[Case]:
@@ -33,6 +37,9 @@ def compare(setting: Setting, asked: Asked) -> Values:
     if not (setting.official or supports(setting.precision)):
         raise NotHereError(f"this device has no {setting.precision}")
     predicted = plans.wait_for(setting, asked)
+    free = meters.available_bytes(ranks.device())
+    if predicted.tensors_bytes > free:
+        raise NotHereError(f"the plan needs {gib(predicted.tensors_bytes)}, and {gib(free)} is free")
     recipe, keep = setting.recipe(asked), asked.device == "cuda"
     snapshot = asked.folder / f"{setting.slug}.pickle" if keep else None
     if setting.official:
@@ -47,15 +54,20 @@ def compare(setting: Setting, asked: Asked) -> Values:
             **measured.device_memory,
         }
     if snapshot is not None:
-        folder = asked.out / "snapshots"
+        folder = asked.out / "snapshots" / plain_name(asked.card)
         folder.mkdir(parents=True, exist_ok=True)
         with snapshot.open("rb") as plain, gzip.open(folder / f"{setting.slug}.pickle.gz", "wb") as packed:
             shutil.copyfileobj(plain, packed)
         snapshot.unlink()
-    return {
+    error = predicted.tensors_bytes / found["allocated_bytes"] - 1
+    values = {
         "predicted_bytes": predicted.tensors_bytes,
         "predicted_held_bytes": predicted.states_bytes,
         "predicted_outside_bytes": predicted.outside_bytes,
         **found,
-        "error": predicted.tensors_bytes / found["allocated_bytes"] - 1,
+        "error": error,
     }
+    # The official setting's plan is of CUDA's autocast, which keeps other things than a CPU's.
+    if abs(error) > _BOUND and not (setting.official and asked.device == "cpu"):
+        raise WrongError(f"predicted and allocated are {error:+.0%} apart, more than {_BOUND:.0%}", values)
+    return values

@@ -60,12 +60,6 @@ _COLUMNS: dict[str, tuple[_Column, ...]] = {
 }
 
 
-def file_name(rows: Sequence[Row], device: str, *, tiny: bool) -> str:
-    """Return the name of the card, for files."""
-    card = str(_description(rows).get("card") or device)
-    return re.sub(r"[^A-Za-z0-9]+", "-", card).strip("-") + ("-tiny" if tiny else "")
-
-
 def markdown(rows: Sequence[Row], *, command: str, tiny: bool = False) -> str:
     """Return the page."""
     machine = _description(rows)

@@ -19,12 +19,14 @@ from everest_ds.config.errors import UserError
 from everest_ds.gpu_check.cases import Asked
 from everest_ds.gpu_check.settings import EDGE, MEMORY, MEMORY_8, SPEED, Setting, edge_capacity_bytes
 from everest_ds.memory.official import official_plan
+from everest_ds.memory.overheads import overheads_for
 from everest_ds.memory.plan import Plan, plan
 from everest_ds.training import files
 
 # Micro-batches of the speed part, largest first.
 BATCHES = (256, 192, 128, 96, 64, 48, 32, 16, 8, 4, 2, 1)
 _PATIENCE_S = 120.0
+_OVER = "plans-over"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +49,7 @@ class Prediction:
 
 def predict(setting: Setting, asked: Asked) -> Prediction:
     """Plan a setting."""
-    try:
-        planned = _plan(setting, asked)
-    except UserError as error:
-        return Prediction(error=str(error))
+    planned = _plan(setting, asked)
     on_cpu = asked.device == "cpu"
     inside = planned.overheads.libraries_bytes
     outside = sum(planned.overheads.items(planned.setting.ranks).values()) - inside
@@ -67,7 +66,8 @@ def _plan(setting: Setting, asked: Asked) -> Plan:
     recipe = setting.recipe(asked)
     if setting.official:
         return official_plan(recipe, ranks=1)
-    return plan(recipe, setting.ds_config(), ranks=setting.ranks, device_type=asked.device, rank=0)
+    overheads = overheads_for(asked.device, asked.card)
+    return plan(recipe, setting.ds_config(), ranks=setting.ranks, device_type=asked.device, rank=0, overheads=overheads)
 
 
 def wait_for(setting: Setting, asked: Asked) -> Prediction:
@@ -76,17 +76,17 @@ def wait_for(setting: Setting, asked: Asked) -> Prediction:
     Raises:
         UserError: it doesn't come, or there can be none.
     """
-    path = _path(setting, asked)
+    path, over = _path(setting, asked), asked.folder / _OVER
     until = time.monotonic() + _PATIENCE_S
     while not path.is_file():
-        if time.monotonic() > until:
+        if time.monotonic() > until or (over.is_file() and not path.is_file()):
             raise UserError("no prediction has come from the planner's process")
         time.sleep(0.1)
     values = json.loads(path.read_text(encoding="utf-8"))
     by_batch = {int(batch): size for batch, size in values["by_batch"].items()}
     found = Prediction(**{**values, "by_batch": by_batch})
     if found.error:
-        raise UserError(f"the planner refuses it: {found.error}")
+        raise UserError(f"the planner: {found.error}")
     return found
 
 
@@ -95,7 +95,11 @@ def _path(setting: Setting, asked: Asked) -> Path:
 
 
 def _write(setting: Setting, asked: Asked) -> None:
-    files.write(_path(setting, asked), json.dumps(dataclasses.asdict(predict(setting, asked))))
+    try:
+        found = predict(setting, asked)
+    except Exception as error:  # a row of the page
+        found = Prediction(error=f"{type(error).__name__}: {error}")
+    files.write(_path(setting, asked), json.dumps(dataclasses.asdict(found)))
 
 
 def main(asked_json: str) -> None:
@@ -103,9 +107,12 @@ def main(asked_json: str) -> None:
     asked = Asked.from_json(asked_json)
     settings = [s for s in (*MEMORY, *MEMORY_8, *SPEED, *EDGE) if s.asked_for(asked)]
     workers = max(1, len(os.sched_getaffinity(0)) // 2)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for done in [pool.submit(_write, setting, asked) for setting in settings]:
-            done.result()
+    try:
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            for done in [pool.submit(_write, setting, asked) for setting in settings]:
+                done.result()
+    finally:
+        files.write(asked.folder / _OVER, "")
 
 
 if __name__ == "__main__":

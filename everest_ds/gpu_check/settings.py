@@ -64,6 +64,11 @@ class Setting:
         return with_precision(load_ds_config(_DS_CONFIGS / f"{self.zero}.json"), self.precision)
 
 
+def plain_name(name: str) -> str:
+    """Return a card's name, for files."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
+
+
 def _name(size: str, method: str, *rest: str) -> str:
     letter = size.removeprefix("vit_")[0].upper()
     return " ".join([f"ViT-{letter}", {"everest": "EVEREST", "videomae": "VideoMAE"}[method], *rest])

@@ -18,6 +18,7 @@ GIB = 2**30
 _UNITS = {"GB": GB, "GIB": GIB, "MB": 10**6, "MIB": 2**20, "TB": 10**12, "TIB": 2**40, "B": 1}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([A-Za-z]+)\s*")
 _TERA = 10**12
+_OTHER_KINDS = ("PCIE", "NVL", "MIG")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +136,15 @@ def gpu_hint(text: str) -> str:
 
 
 def same_card(name: str, driver_name: str) -> bool:
-    """Say whether a name, such as "A100-80", is of the card that the driver calls so ("NVIDIA A100-SXM4-80GB")."""
-    parts = [_plain(part) for part in name.split("-")]
-    return bool(name) and all(part in _plain(driver_name) for part in parts)
+    """Say whether a name is of the card that the driver calls so: the same, or a row's ("A100-80") that it goes with.
+
+    Rows are of cards in sockets: a PCIe or NVL card, or a part of a card (MIG), has other rates and other memory.
+    """
+    if name == driver_name:
+        return True
+    if name not in GPUS or any(other in driver_name.upper() for other in _OTHER_KINDS):
+        return False
+    return all(_plain(part) in _plain(driver_name) for part in name.split("-"))
 
 
 def gpu_of_card(driver_name: str) -> Gpu | None:

@@ -15,7 +15,7 @@ from everest_ds.memory.meters import DeviceMeter
 from everest_ds.memory.overheads import CUDA, NONE, overheads_for
 
 CARD = "NVIDIA H100 80GB HBM3"
-PROCESS = {"context_bytes": 600 * 2**20, "libraries_bytes": 64 * 2**20}
+CONTEXT, LIBRARIES = 600 * 2**20, 64 * 2**20
 FACTS = {
     "card": CARD,
     "driver": "580",
@@ -25,7 +25,12 @@ FACTS = {
     "torch": "2.11",
     "date": "today",
 }
-VALUES = {"memory of a process": PROCESS, "description": FACTS, "attention bf16, 156 tokens": {"kept_bytes": 7}}
+VALUES = {
+    "first products": {"libraries_bytes": LIBRARIES},
+    "memory of a process": {"context_bytes": CONTEXT},
+    "description": FACTS,
+    "attention bf16, 156 tokens": {"kept_bytes": 7},
+}
 
 
 @pytest.fixture
@@ -45,7 +50,7 @@ def test_constants_reach_the_planner(file):
     overheads._measured.cache_clear()
     for name in (CARD, "H100"):
         found = overheads_for("cuda", name)
-        assert (found.context_bytes, found.libraries_bytes) == tuple(PROCESS.values())
+        assert (found.context_bytes, found.libraries_bytes) == (CONTEXT, LIBRARIES)
         assert found.communication_bytes == CUDA.communication_bytes
     assert overheads_for("cuda", "H200") == CUDA
     assert overheads_for("cuda", "") == CUDA
@@ -70,6 +75,10 @@ def test_incomplete_constants_change_nothing(file):
         ("H200", CARD, False),
         ("RTX4090", "NVIDIA GeForce RTX 4090", True),
         ("V100-32", "Tesla V100-SXM2-32GB", True),
+        ("H100", "NVIDIA H100 PCIe", False),
+        ("H100", "NVIDIA H100 NVL", False),
+        ("NVIDIA A10", "NVIDIA A100-SXM4-80GB", False),
+        ("NVIDIA L4", "NVIDIA L40S", False),
         ("", CARD, False),
     ],
 )
@@ -112,10 +121,12 @@ def test_a_device_meter_tells_kinds_of_bytes_apart(monkeypatch):
 
 
 def test_gaps_are_times_in_which_no_kernel_runs():
-    def kernel(start, end, where=DeviceType.CUDA):
-        return SimpleNamespace(device_type=where, time_range=SimpleNamespace(start=start, end=end))
+    def kernel(start, end, where=DeviceType.CUDA, name="gemm", annotation=False):
+        span = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(device_type=where, time_range=span, name=name, is_user_annotation=annotation)
 
     events = [kernel(0, 10), kernel(5, 20), kernel(30, 40), kernel(0, 100, DeviceType.CPU), kernel(90, 100)]
+    events += [kernel(10, 95, name="Memcpy HtoD"), kernel(0, 100, name="Optimizer.step", annotation=True)]
     found = _gaps(events)
     assert found["gaps"] == 2
     assert found["idle_share"] == pytest.approx(60 / 100)
