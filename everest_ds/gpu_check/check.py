@@ -33,8 +33,8 @@ _SUFFIXES = (".json", ".md")
 class Check:
     """A check.
 
-    ``card``: as the driver calls it; ``minutes``: once DeepSpeed's op is built; ``out``: the folder that page and JSON go
-    to; ``command``: that started it; ``say`` is told how far it has got.
+    ``card``: as the driver calls it; ``minutes``: once DeepSpeed's op is built; ``out``: the folder of page and JSON;
+    ``command``: that started it; ``say`` is told how far it has got.
     """
 
     device: str
