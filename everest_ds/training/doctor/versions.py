@@ -20,7 +20,7 @@ TESTED = {
     "torch": ("2.6", "2.11", "2.14"),
     "torchvision": ("0.21", "0.26", "0.29"),
     "timm": ("1.0",),
-    "av": ("14.0", "18.1"),
+    "av": ("17.0", "18.1"),
     "numpy": ("1.26", "2.4"),
 }
 _LOOKED_AT = ("torch", "torchvision", "deepspeed", "timm", "decord", "decord2", "av", "numpy")
