@@ -84,7 +84,7 @@ def summary(run_dir: RunDir, picture: Path, seconds: float) -> str:
             f"run directory      {run_dir.path}",
             f"reconstructions    {picture}",
             "next               the VideoMAE baseline in the same harness:",
-            f"                   .venv/bin/deepspeed --num_accelerators {count_ranks()} "
+            f"                   {Path(sys.executable).with_name('deepspeed')} --num_accelerators {count_ranks()} "
             f"run/pretrain.py --ds_config {DS_CONFIG} --recipe {RECIPE} model.method=videomae "
             f"data.train={run_dir.path.parent / 'demo-videos' / 'train.csv'} train.output_dir=outputs/demo-videomae",
         ]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from everest_ds.training import toolkit
+from everest_ds.training import ops, toolkit
 
 HEADERS = toolkit._HEADERS
 NVCC = shutil.which("nvcc")
@@ -85,6 +85,24 @@ def test_a_script_called_nvcc_leads_to_the_toolkit(folder, monkeypatch):
     assert toolkit.home() == folder / "cuda"
     toolkit.use_toolkit()
     assert str(folder / "cuda") == cpp_extension.CUDA_HOME
+
+
+def test_an_op_is_not_built_without_headers_but_one_that_was_built_needs_none(folder, monkeypatch):
+    nvcc = write(folder / "cuda/bin/nvcc", "#!/bin/sh\necho Cuda compilation tools, release 13.0, V13.0.88\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(ops, "_needs_cuda", lambda builder: True)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder / "ops"))
+    for build in (False, True):
+        assert ops.op_obstacle("FusedAdamBuilder", build=build).why.startswith("no cusparse.h, ")
+    assert not (folder / "ops").exists()
+    write(folder / "ops/fused_adam/fused_adam.so")
+    assert ops.op_obstacle("FusedAdamBuilder", build=False) is None
+    (folder / "ops/fused_adam/fused_adam.so").unlink()
+    for header in HEADERS:
+        write(folder / "packages/nvidia/cu13/include" / header)
+    monkeypatch.setenv("CPLUS_INCLUDE_PATH", "")
+    assert ops.op_obstacle("FusedAdamBuilder", build=False) is None
+    assert os.environ["CPLUS_INCLUDE_PATH"].endswith("nvidia/cu13/include")
 
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
