@@ -5,6 +5,9 @@ import contextlib
 import sys
 from pathlib import Path
 
+# This checkout's package, whatever else is installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from everest_ds.config.command_line import parser_with_keys
 from everest_ds.config.errors import one_line_errors
 from everest_ds.config.finetuning import FinetuneRecipe

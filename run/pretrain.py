@@ -2,6 +2,10 @@
 
 import argparse
 import sys
+from pathlib import Path
+
+# This checkout's package, whatever else is installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from everest_ds.config.command_line import training_parser
 from everest_ds.config.ds_config import load_ds_config

@@ -18,8 +18,6 @@ from pathlib import Path
 # Runs from a checkout that was not installed, too.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from packaging.specifiers import SpecifierSet
-
 from everest_ds.config.errors import UserError, one_line_errors, shortened
 from everest_ds.training.doctor.declared import declared
 
@@ -54,6 +52,8 @@ def main() -> int:
 
 def check(python: str) -> None:
     """Raise a UserError for a Python that everest_ds does not run on."""
+    from packaging.specifiers import SpecifierSet  # noqa: PLC0415 - --help works without it
+
     wanted = declared(PROJECT / "pyproject.toml").python
     if not re.fullmatch(r"\d+\.\d+", python) or not SpecifierSet(wanted).contains(python):
         raise UserError(f"python version '{python}': give one such as 3.12 that everest_ds runs on ({wanted})")

@@ -4,12 +4,15 @@ import argparse
 import shlex
 import signal
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 # This checkout's package, whatever else is installed: its parts start its scripts and read its fixtures.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from everest_ds.config.errors import UserError, nearest, one_line_errors
+from everest_ds.gpu_check.cases import OUT_OF_TIME, Row
 from everest_ds.gpu_check.parts import BY_NAME, MACHINE, PARTS, Part
 
 _LEAST_MINUTES = 0.5
@@ -23,7 +26,9 @@ def main() -> int:
         "--out", type=Path, default=Path("docs/gpu-check"), help="folder of page and JSON (default docs/gpu-check)"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default cuda")
-    parser.add_argument("--tiny", action="store_true", help="small models, a part of the cases: two minutes on a CPU")
+    parser.add_argument(
+        "--tiny", action="store_true", help="small models, a part of the cases: three minutes on two idle cores"
+    )
     parser.add_argument("--parts", metavar="A,B", help=f"some of {', '.join(BY_NAME)} (default: all)")
     arguments = parser.parse_args()
     with one_line_errors("gpu_check"):
@@ -51,7 +56,7 @@ def main() -> int:
         rows = check.run()
     for row in failed(rows):
         say(f"failed: {row.part}: {row.case}: {row.reason}")
-    say(f"{len(rows)} cases, {len(failed(rows))} failed; page and JSON in {arguments.out}")
+    say(f"{counts(rows)}; page and JSON in {arguments.out}")
     return 1 if failed(rows) else 0
 
 
@@ -82,6 +87,14 @@ def parts(arguments: argparse.Namespace) -> tuple[Part, ...]:
         if name not in BY_NAME:
             raise UserError(f"--parts: no part is called '{name}'{nearest(name, BY_NAME)}")
     return tuple(part for part in PARTS if part.name in names)
+
+
+def counts(rows: Sequence[Row]) -> str:
+    """Say how the cases ended, and what to do where time was short."""
+    found = Counter(row.status for row in rows)
+    short = sum(row.reason == OUT_OF_TIME for row in rows)
+    hint = f" ({short} for lack of time: raise --minutes)" if short else ""
+    return f"{len(rows)} cases: {found['ok']} ok, {found['failed']} failed, {found['not run']} not run{hint}"
 
 
 def has_gpu() -> bool:

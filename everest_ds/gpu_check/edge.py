@@ -147,6 +147,8 @@ def _data_bytes() -> int:
 
 
 def _largest(named: int, found: dict[int, bool], asked: Asked) -> Values:
+    if not found:
+        raise NotHereError("no batch was tried")
     ran = [clips for clips, runs in found.items() if runs]
     failed = [clips for clips, runs in found.items() if not runs]
     return {

@@ -15,13 +15,15 @@ from safetensors.torch import load_file
 
 from everest_ds.config.errors import UserError
 from everest_ds.data.synthetic import write_set
-from everest_ds.gpu_check.cases import Asked, Case, Values, WrongError
+from everest_ds.gpu_check.cases import Asked, Case, NotHereError, Values, WrongError
 from everest_ds.gpu_check.settings import ROOT
 from everest_ds.training.run_dir import RunDir
 
 _VIDEOS, _STEPS, _SAVED_EVERY = 64, 24, 6
 # A run whose part has less time left is waited for so long all the same: within what the check lets a part overrun.
 _LEAST_PATIENCE_S = 15.0
+# One that has not ended after so long hangs; one that had less time may be slow.
+_ENOUGH_S = 120.0
 _LINES = 3
 # Between the runs a near-tie of two tokens may fall the other way: about 1e-4 of one step's loss.
 _LOSS_BOUND = 1e-3
@@ -58,13 +60,15 @@ def _end(asked: Asked, process: subprocess.Popen[bytes], run_dir: RunDir, start:
     """Wait for a run.
 
     Raises:
-        UserError: it ended with something else than 0, or doesn't end.
+        UserError: it ended with something else than 0, or hangs.
+        NotHereError: it had too little time.
     """
     code: int | str
     try:
         code = process.wait(_patience_s(asked))
     except subprocess.TimeoutExpired:
         _kill(process)
+        _explain_time(start)
         code = f"none within {time.monotonic() - start:.0f} s"
     if code:
         lines = run_dir.path.with_suffix(".log").read_text(errors="replace").splitlines()[-_LINES:]
@@ -78,7 +82,10 @@ def _kill_and_continue(asked: Asked, run_dir: RunDir) -> Values:
     until = start + _patience_s(asked)
     while process.poll() is None and not run_dir.has_checkpoint() and time.monotonic() < until:
         time.sleep(0.01)
+    late = process.poll() is None and not run_dir.has_checkpoint()
     _kill(process)
+    if late:
+        _explain_time(start)
     if not run_dir.has_checkpoint() or run_dir.weights.exists():
         _end(asked, process, run_dir, start)  # says why
         raise UserError("the run was over before it could be killed")
@@ -86,7 +93,15 @@ def _kill_and_continue(asked: Asked, run_dir: RunDir) -> Values:
     return {"killed_after_step": done, **_end(asked, _start(asked, run_dir, "--resume", "auto"), run_dir, start)}
 
 
+def _explain_time(start: float) -> None:
+    seconds = time.monotonic() - start
+    if seconds < _ENOUGH_S:
+        raise NotHereError(f"stopped after {seconds:.0f} s, its part's time: --parts run gives it more")
+
+
 def _compare(straight: RunDir, killed: RunDir) -> Values:
+    if not (straight.weights.is_file() and killed.weights.is_file()):
+        raise NotHereError("one of the two did not come to its end")
     of_one, of_other = ([record["loss"] for record in _records(run)] for run in (straight, killed))
     apart = max(abs(a / b - 1) for a, b in zip(of_one, of_other, strict=True))
     weights, others = (load_file(run.weights) for run in (straight, killed))
