@@ -107,10 +107,7 @@ def autoencoder(name: str, *, device: str, dtype: torch.dtype, attention: str) -
         keys["method"] = "videomae"
     with _config(f, ModelConfig, **keys) as config:
         model = MaskedAutoencoder(config, device_type=device)
-    model.load_state_dict(from_official(group(golden, "weights/")), strict=True)
-    model.to(device)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    _load(model, golden, device, dtype)
     if is_everest:
         noise, visible, target = golden["noise"], golden["visible_mask"], golden["target_mask"]
     else:  # the visible places draw the lowest numbers
@@ -141,10 +138,7 @@ def classifier(*, device: str, dtype: torch.dtype, attention: str) -> Comparison
         keys = {"keep_ratio": keep_ratio, "attention": attention, "classes": f["num_classes"], "drop_path": 0.0}
         with _config(f, ClassifierConfig, **keys) as config:
             model = VideoClassifier(config, device_type=device)
-        model.load_state_dict(from_official(group(golden, "weights/")), strict=True)
-        model.to(device)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
+        _load(model, golden, device, dtype)
         logits = model(clips)
         found.errors[key] = error(logits, golden[key])
     kept = _indices(golden["keep_mask"])
@@ -154,6 +148,14 @@ def classifier(*, device: str, dtype: torch.dtype, attention: str) -> Comparison
     loss.backward()
     found.errors["gradients"] = _gradients(model, golden)
     return found
+
+
+def _load(model: nn.Module, golden: Tensors, device: str, dtype: torch.dtype) -> None:
+    """Give a model the fixture's weights; parameters alone are cast, as DeepSpeed does it."""
+    model.load_state_dict(from_official(group(golden, "weights/")), strict=True)
+    model.to(device)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _importance(model: MaskedAutoencoder, clips: Tensor, slots: int) -> Tensor:
