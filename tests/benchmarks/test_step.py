@@ -106,10 +106,13 @@ def test_spreads():
 
 
 def test_every_kernel_of_fused_attention_counts_as_attention():
-    """CUDA has three, of which a CPU's profile shows none: by the names that torch registers."""
+    """CUDA has three, of which a CPU's profile shows none: by the names that torch registers.
+
+    torch 2.6 has cuDNN's inside another operator.
+    """
     registered = {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names()}
     kernels = {name for name in registered if re.fullmatch(r"aten::_\w+_attention_(forward|backward)", name)}
-    assert {f"aten::_{kind}_attention_forward" for kind in ("flash", "efficient", "cudnn")} <= kernels
+    assert {f"aten::_{kind}_attention_forward" for kind in ("flash", "efficient")} <= kernels
     assert [name for name in kernels if not name.startswith(PARTS["attention"])] == []
 
 

@@ -23,6 +23,17 @@ def test_pictures_show_the_frames_trained_on(tmp_path, alpha):
     assert (tmp_path / "clips.png").stat().st_size > 0
 
 
+def fake_cuda_works() -> bool:
+    """torch 2.6 asks the driver for random numbers, even for tensors that hold none."""
+    try:
+        with FakeTensorMode():
+            torch.empty(2, device="cuda").uniform_()
+    except RuntimeError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not fake_cuda_works(), reason="fake CUDA tensors need a driver here")
 def test_views_stay_on_the_device_that_the_clips_are_on():
     """Fake tensors refuse to mix devices, as real ones do, and need no GPU."""
     with FakeTensorMode() as gpu, torch.device("cuda"):
