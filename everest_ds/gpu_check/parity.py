@@ -52,8 +52,8 @@ def _fixture(name: str, device: str, precision: str, attention: str) -> Values:
         raise NotHereError(f"this device has no {precision}")
     way = {"device": device, "dtype": _DTYPES[precision], "attention": attention}
     found = golden.classifier(**way) if name == "everest_finetune" else golden.autoencoder(name, **way)  # type: ignore[arg-type]
-    values = {"same_indices": found.same_indices, **found.errors}
     bound, least = BOUNDS[precision], _SAME_INDICES[precision]
+    values = {"bound": bound, "same_indices": found.same_indices, **found.errors}
     if found.worst > bound:
         raise WrongError(f"an error of {found.worst:.1e}, more than {bound:.0e}", values)
     if found.same_indices < least:
@@ -84,7 +84,7 @@ def _five_steps(setting: Setting, asked: Asked, reference: list[float], *, is_re
     elif not reference:
         raise NotHereError("there is nothing to compare with: the first way failed")
     apart = golden.largest(abs(a / b - 1) for a, b in zip(losses, reference, strict=True))
-    values = {"last_loss": losses[-1], "losses_apart": apart}
+    values = {"bound": _LOSS_BOUND, "last_loss": losses[-1], "losses_apart": apart}
     if apart > _LOSS_BOUND:
         raise WrongError(f"losses differ by {apart:.1e} of themselves, more than {_LOSS_BOUND:.0e}", values)
     return values
