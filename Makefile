@@ -35,8 +35,8 @@ gpu-check: install
 test: install lint
 	$(RUN) $(PYTEST)
 
-# The oldest version of everything that pyproject.toml allows: some 40 minutes. Its compiled ops are its own; torch 2.6
-# starts a compile worker for each core in every process that imports DeepSpeed.
+# The oldest version of everything that pyproject.toml allows: 30 minutes on two cores. Its compiled ops are its own.
+# Left alone, torch 2.6 starts a compile worker for each core in every process that imports DeepSpeed.
 test-oldest: install
 	$(PYTHON_OLDEST) -m venv --clear $(VENV_OLDEST)
 	$(RUN) -m uv pip install --quiet --python $(VENV_OLDEST)/bin/python --resolution lowest-direct --editable '.[test]'

@@ -75,7 +75,7 @@ def resolve(python: str, packages: Sequence[str], constraints: Sequence[str] = (
         bounds.write_text("\n".join(constraints), encoding="utf-8")
         bounded: list[str | Path] = ["--constraints", bounds] if constraints else []
         target = ["--python-version", python, "--python-platform", f"x86_64-manylinux_2_{_NEWEST_GLIBC}"]
-        # Nor need it be on this machine.
+        # That Python need not be installed here.
         asking = ["uv", "pip", "compile", "--no-python-downloads", "--no-header", "--no-annotate"]
         return run(*asking, *target, *bounded, asked)
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from everest_ds.config.errors import UserError
 from everest_ds.data.synthetic import write_set
 from everest_ds.gpu_check.cases import Asked, Case, NotHereError, Values, WrongError
+from everest_ds.gpu_check.golden import largest
 from everest_ds.gpu_check.settings import ROOT
 from everest_ds.training.run_dir import RunDir
 
@@ -37,7 +38,7 @@ def cases(asked: Asked) -> Iterator[Case]:
     try:
         yield Case(name="killed at a checkpoint and continued", run=lambda: _kill_and_continue(asked, killed))
         yield Case(name="straight through", run=lambda: _end(asked, process, straight, start), always=True)
-        yield Case(name="the two compared", run=lambda: _compare(straight, killed), always=True)
+        yield Case(name="the two compared", run=lambda: compare(straight, killed), always=True)
     finally:
         _kill(process)
 
@@ -99,15 +100,16 @@ def _explain_time(start: float) -> None:
         raise NotHereError(f"stopped after {seconds:.0f} s, its part's time: --parts run gives it more")
 
 
-def _compare(straight: RunDir, killed: RunDir) -> Values:
+def compare(straight: RunDir, killed: RunDir) -> Values:
+    """Hold one run's losses and weights against the other's."""
     if not (straight.weights.is_file() and killed.weights.is_file()):
         raise NotHereError("one of the two did not come to its end")
     of_one, of_other = ([record["loss"] for record in _records(run)] for run in (straight, killed))
-    apart = max(abs(a / b - 1) for a, b in zip(of_one, of_other, strict=True))
+    apart = largest(abs(a / b - 1) for a, b in zip(of_one, of_other, strict=True))
     weights, others = (load_file(run.weights) for run in (straight, killed))
     same = all(torch.equal(weights[name], others[name]) for name in weights)
     values = {"steps": len(of_one), "losses_apart": apart, "same_bits": same}
-    if not apart <= _LOSS_BOUND:  # nor if it is no number
+    if apart > _LOSS_BOUND:
         raise WrongError(f"losses differ by {apart:.1e} of themselves, more than {_LOSS_BOUND:.0e}", values)
     return values
 

@@ -26,7 +26,7 @@ from everest_ds.training.toolkit import ADDED, missing_headers, missing_toolkit,
 
 log = logging.getLogger(__name__)
 
-# torch's, while it builds. It stays when the process is killed, and all others wait for ever.
+# torch's file while it builds. A process that is killed leaves it behind, and every later one waits for ever.
 _LOCK = "lock"
 _WHAT_IS_MISSING = {"async_io": ("no libaio with its headers", "apt-get install libaio-dev")}
 
