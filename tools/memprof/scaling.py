@@ -22,7 +22,7 @@ from tools.memprof.measure import compare, job
 _SIZES = "vit_small,vit_base,vit_large,vit_huge,vit_giant"
 _GPUS = "8,16,32,64,128,256,512,1024"
 _GIGA = 1e9
-# Of prepared videos, four clips a file (docs/performance-data.md).
+# Of prepared videos, four clips a file, on a core with AVX2; one with AVX-512 read 27 (docs/performance-data.md).
 _CLIPS_PER_S_PER_CORE = 22.0
 _CHECK_RANKS = (1, 2, 4, 8)
 _CHECK_MODEL = ("model.size=vit_micro", "model.image_size=48", "train.micro_batch=1")
