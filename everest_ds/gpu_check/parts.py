@@ -40,7 +40,7 @@ PARTS = (
         title="Does it run",
         says="`run/pretrain.py` on real videos under ZeRO-2: once straight through, and once killed by SIGKILL and "
         "continued with `--resume auto`.",
-        share=60,
+        share=90,
     ),
     Part(
         name=CONSTANTS,

@@ -83,7 +83,7 @@ STAGES = ("zero0", "zero1", "zero2", "zero3")
 B, L, H = "vit_base", "vit_large", "vit_huge"
 
 MEMORY = (
-    *(_setting(B, "everest", 32, zero, keys=_FUSED, zero=zero, in_tiny=True) for zero in STAGES),
+    *(_setting(B, "everest", 32, zero, keys=_FUSED, zero=zero, in_tiny=True) for zero in STAGES[:-1]),
     _setting(B, "everest", 32, "fp32", keys=_FUSED, precision="fp32", in_tiny=True),
     _setting(B, "everest", 32, "fp16", keys=_FUSED, precision="fp16", in_tiny=True),
     _setting(B, "everest", 32, "2 passes", keys=_FUSED, passes=2, in_tiny=True),
@@ -113,6 +113,8 @@ MEMORY = (
     _setting(B, "videomae", 32, "official", keys=_EAGER, precision="fp16", official=True),
     _setting(B, "everest", 32, "torch's Adam", keys=(*_FUSED, "optim.implementation=torch"), in_tiny=True),
     _setting(H, "everest", 32, "checkpointing full", keys=(*_FUSED, "model.checkpointing=full")),
+    # Last: DeepSpeed doesn't let go of a ZeRO-3 engine, and what it keeps is in the segments of those after it.
+    _setting(B, "everest", 32, STAGES[-1], keys=_FUSED, zero=STAGES[-1], in_tiny=True),
 )
 MEMORY_8 = tuple(
     _setting(B, "everest", 32, zero, "rank 0 of 8", keys=_FUSED, zero=zero, ranks=8, in_tiny=True) for zero in STAGES

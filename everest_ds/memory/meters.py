@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import re
 import resource
@@ -138,6 +139,15 @@ class DevicePeaks:
     reserved_bytes: int
     driver_bytes: int
     retries: int
+
+    def beyond(self, leftover_bytes: int) -> DevicePeaks:
+        """Return them without tensors that were there before; segments and the driver can't tell whose they are."""
+        return dataclasses.replace(
+            self,
+            requested_bytes=self.requested_bytes - leftover_bytes,
+            allocated_bytes=self.allocated_bytes - leftover_bytes,
+            active_bytes=self.active_bytes - leftover_bytes,
+        )
 
 
 class DeviceMeter:

@@ -15,10 +15,10 @@ import torch
 from torch.utils import cpp_extension
 
 from everest_ds.training.obstacle import Obstacle
-from everest_ds.training.toolkit import PATHS
+from everest_ds.training.toolkit import ARCHITECTURES, PATHS
 
 _NAME = "failed.json"
-_VARIABLES = (*PATHS, "CXX", "CFLAGS", "CXXFLAGS", "LIBRARY_PATH", "TORCH_CUDA_ARCH_LIST")
+_VARIABLES = (*PATHS, "CXX", "CFLAGS", "CXXFLAGS", "LIBRARY_PATH", ARCHITECTURES)
 
 
 def remembered(folder: Path) -> Obstacle | None:

@@ -115,7 +115,7 @@ def measure(recipe: Recipe, raw_ds_config: dict[str, Any], *, steps: int = 3, sn
         measured_by="tensor storages" if device.type == "cpu" else "device allocator",
         states_bytes=held,
         rss_growth_bytes=rss_growth,
-        device_memory={} if device_peaks is None else dataclasses.asdict(device_peaks),
+        device_memory={} if device_peaks is None else dataclasses.asdict(device_peaks.beyond(leftover)),
         step_s=step_s,
         step_spread_s=max(seconds) - min(seconds),
         clips_per_s=clips_per_s,

@@ -20,6 +20,8 @@ from everest_ds.training.obstacle import Obstacle
 _HEADERS = ("cusparse.h", "cublas_v2.h", "cublasLt.h", "cusolverDn.h")
 # Compilers look into the first one's folders before they look into the toolkit's, and into the second one's after.
 PATHS = ("CPATH", ADDED := "CPLUS_INCLUDE_PATH")
+ARCHITECTURES = "TORCH_CUDA_ARCH_LIST"
+_PLAIN, _VARIANT = re.compile(r"\d+\.\d(\+PTX)?"), re.compile(r"^(\d+\.\d)[af]")
 
 
 def missing_toolkit() -> Obstacle | None:
@@ -44,11 +46,24 @@ def missing_headers() -> Obstacle | None:
 
 
 def use_toolkit() -> None:
-    """Let torch, and the compilers that it starts, find the toolkit and its libraries' headers."""
+    """Let torch, and the compilers that it starts, find the toolkit, its headers, and the GPUs to build for."""
     cpp_extension.CUDA_HOME = str(home())
+    _use_plain_architectures()
     folders, _ = _headers_elsewhere()
     if folders:
         os.environ[ADDED] = os.pathsep.join(filter(None, [os.environ.get(ADDED), *map(str, folders)]))
+
+
+def _use_plain_architectures() -> None:
+    """Rewrite the GPUs to build for so that DeepSpeed can read them, which takes numbers alone.
+
+    torch knows "9.0a" and "Hopper", too. Where a name is left, the op is built for the GPUs that are here.
+    """
+    asked = [_VARIANT.sub(r"\1", name) for name in re.split(r"[; ]+", os.environ.get(ARCHITECTURES, "")) if name]
+    if asked and all(_PLAIN.fullmatch(name) for name in asked):
+        os.environ[ARCHITECTURES] = ";".join(dict.fromkeys(asked))
+    else:
+        os.environ.pop(ARCHITECTURES, None)
 
 
 def home() -> Path:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -189,3 +190,12 @@ def test_cuda_counts_the_workspace_of_flash_attention():
     # Six blocks, each a workspace of (rows padded to 128) x heads x (channels padded to 32, + 1) fp32.
     workspace = 128 * 3 * (32 + 1) * 4
     assert cuda.per_clip.count(workspace) - cpu.per_clip.count(workspace) == 6
+
+
+def test_cuda_counts_what_softmax_takes_in_its_backward_pass():
+    model = dataclasses.replace(MICRO, attention="eager")
+    cuda, cpu = (Counter(trace_step(TraceSpec(model=model, device_type=device)).per_clip) for device in ("cuda", "cpu"))
+    # The gradient times the output: in each block another matrix of attention, of which the forward pass keeps one.
+    more = cuda - cpu
+    assert more.total() == 6
+    assert all(cpu[size_bytes] >= count for size_bytes, count in more.items())

@@ -121,3 +121,15 @@ def test_compilers_find_what_torch_includes(monkeypatch, tmp_path):
     for compiler in ([NVCC], ["g++", "-x", "c++", "-isystem", f"{cpp_extension.CUDA_HOME}/include"]):
         done = subprocess.run([*compiler, "-E", source], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "taken"),
+    [("9.0a", "9.0"), ("8.0 9.0a+PTX", "8.0;9.0+PTX"), ("10.0f;9.0;9.0a", "10.0;9.0"), ("Hopper", None), ("", None)],
+)
+def test_the_gpus_to_build_for_are_named_as_deepspeed_reads_them(folder, monkeypatch, asked, taken):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    for header in HEADERS:
+        write(folder / "cuda/include" / header)
+    toolkit.use_toolkit()
+    assert os.environ.get("TORCH_CUDA_ARCH_LIST") == taken
