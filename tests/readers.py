@@ -1,4 +1,4 @@
-"""The libraries that read videos, as a parameter of tests: torchcodec is an extra, and needs FFmpeg's shared libraries."""
+"""The libraries that read videos, as a parameter of tests: torchcodec is an extra, and needs FFmpeg's libraries."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def write_bad_files(folder: Path, good: Path) -> dict[str, Path]:
 OPEN_GOP = {"bf": "3", "flags": "-cgop", "x264-params": "open-gop=1:keyint=12:min-keyint=12:scenecut=0:b-adapt=0"}
 
 
-# How phones say that a video is to be shown: a, b, c, d of QuickTime's matrix, a pixel (x, y) goes to (ax + cy, bx + dy).
+# How phones say that a video is to be shown: a, b, c and d of a matrix; a pixel (x, y) goes to (ax + cy, bx + dy).
 ORIENTATIONS = {
     "upright": (1, 0, 0, 1),
     "a quarter clockwise": (0, 1, -1, 0),

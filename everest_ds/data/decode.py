@@ -3,7 +3,7 @@
 A file is opened, asked for all the frames that are needed at once, and closed. Readers are never kept: one held across
 a fork aborts the worker, and long-lived ones grow. Nothing falls back to another library: frames are right or the
 file is reported. (decord reads some encodings wrong without noticing, open-GOP H.264 among them; torchcodec doesn't.
-Both show a mirrored video turned or unmirrored. :mod:`everest_ds.data.prepare.scan` finds such files.)
+Both give mirrored videos turned or unmirrored. :mod:`everest_ds.data.prepare.scan` finds such files.)
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _NO_DECODER = "{decoder} has no decoder for its codec, {codec}"
 _MEANINGS = {
     "cannot find video stream": _NO_DECODER,
     "No valid stream found": _NO_DECODER,
+    "best video stream is unknown": _NO_DECODER,
     "Failed to measure duration": "{decoder} finds no duration in its header",
     "Unable to handle EOF": "{decoder} does not find its last frames",
     "Could not seek file": "{decoder} can't go to its first frame",

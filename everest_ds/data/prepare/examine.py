@@ -13,20 +13,21 @@ import dataclasses
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import av
 import numpy as np
 from numpy.typing import NDArray
 
 from everest_ds.config.schema import DataConfig, ModelConfig
-from everest_ds.data.decode import REWRITE_IT, DecodeError, decode, one_line
+from everest_ds.data.decode import NOT_A_VIDEO, REWRITE_IT, DecodeError, decode, one_line
 from everest_ds.data.prepare.sequential import ONE_THREAD, UPRIGHT, Orientation, laid, opened, upright
 from everest_ds.data.randomness import Stream, generator
 from everest_ds.data.sampling import Segments, frame_ids
 
 WRONG_FRAMES = "random access gives wrong frames"
 WRONG_WAY = "turned or mirrored other than a player shows it"
+SAME_TIME = "have the same time, by which readers look for them"
 CLIPS = 8
 # Frames around one that was asked for, among which the one that was given is looked for.
 NEIGHBOURS = 16
@@ -68,6 +69,16 @@ class _Given(NamedTuple):
     refused: str | None = None
 
 
+class _Truth(NamedTuple):
+    """All ``frames`` counted, their size, the ``pictures`` to compare with; ``twins``: two frames of one time."""
+
+    frames: int
+    width: int
+    height: int
+    pictures: dict[int, Thumbnail]
+    twins: tuple[int, int] | None
+
+
 def examine(path: str, decoder: str = "decord") -> Examined:
     """Return what is known of a file; whatever goes wrong with it is its ``reason``.
 
@@ -81,15 +92,14 @@ def examine(path: str, decoder: str = "decord") -> Examined:
             found = Examined(**dataclasses.asdict(video.facts))
             given = _given(path, decoder)
             # From start to end: what comes through is whole, and can be rewritten.
-            counted, truth = _truth(video.frames(), given.asked)
-        if not counted["frames"]:
+            truth = _truth(video.frames(), given.asked)
+        if truth is None:
             raise DecodeError(path, "holds no frame")
-        found = dataclasses.replace(found, **counted, compared=len(given.asked))
-        reason = given.refused or _wrong_way(given, truth, decoder) or _wrong_frames(given, truth)
-        if reason is None:
-            return found
-        advice = "" if reason.endswith(REWRITE_IT) else f"; {REWRITE_IT}"
-        return dataclasses.replace(found, reason=reason + advice, rewrite_helps=True)
+        found = dataclasses.replace(
+            found, frames=truth.frames, width=truth.width, height=truth.height, compared=len(given.asked)
+        )
+        reason = _misread(given, truth, decoder)
+        return dataclasses.replace(found, reason=reason, rewrite_helps=reason is not None)
     except DecodeError as error:
         return dataclasses.replace(found, reason=error.reason, passing=error.passing)
     except Exception as error:
@@ -131,21 +141,41 @@ def _ids(length: int, read: int) -> list[int]:
     return list(dict.fromkeys(frame_ids(length, int(start), ModelConfig().frames, DataConfig().stride).tolist()))
 
 
-def _truth(frames: Iterable[av.VideoFrame], asked: list[int]) -> tuple[dict[str, Any], dict[int, Thumbnail]]:
-    """Return the number of frames and their size, and the pictures that were asked for or are near to those."""
+def _truth(frames: Iterable[av.VideoFrame], asked: list[int]) -> _Truth | None:
+    """Return what the file really holds, with the pictures that were asked for or are near to those; None: no frame."""
     wanted = {i for each in asked for i in range(each - NEIGHBOURS, each + NEIGHBOURS + 1)}
-    truth: dict[int, Thumbnail] = {}
+    pictures: dict[int, Thumbnail] = {}
+    at: dict[int, int] = {}
+    twins = None
     count, last = 0, None
     for frame in frames:
         if count in wanted:
-            truth[count] = thumbnail(upright(frame))
+            pictures[count] = thumbnail(upright(frame))
+        # A bare stream says no times.
+        if frame.pts is not None:
+            first = at.setdefault(frame.pts, count)
+            if first != count and twins is None:
+                twins = (first, count)
         count, last = count + 1, frame
     if last is None:
-        return {"frames": 0}, truth
+        return None
     picture = upright(last)
-    truth[count - 1] = thumbnail(picture)
+    pictures[count - 1] = thumbnail(picture)
     height, width = picture.shape[:2]
-    return {"frames": count, "width": width, "height": height}, truth
+    return _Truth(count, width, height, pictures, twins)
+
+
+def _misread(given: _Given, truth: _Truth, decoder: str) -> str | None:
+    """Return what a reader does wrong with a whole file; None: nothing."""
+    # The words for what no library can open.
+    refused = f"{decoder} can't open it" if given.refused == NOT_A_VIDEO else given.refused
+    reason = (
+        refused
+        or _wrong_way(given, truth.pictures, decoder)
+        or _same_time(truth)
+        or _wrong_frames(given, truth.pictures)
+    )
+    return reason if reason is None or reason.endswith(REWRITE_IT) else f"{reason}; {REWRITE_IT}"
 
 
 def _wrong_way(given: _Given, truth: dict[int, Thumbnail], decoder: str) -> str | None:
@@ -157,6 +187,14 @@ def _wrong_way(given: _Given, truth: dict[int, Thumbnail], decoder: str) -> str 
     if best == UPRIGHT or away[UPRIGHT] <= _SAME * len(pairs) or away[best] >= away[UPRIGHT] / 2:
         return None
     return f"{decoder} gives it {WRONG_WAY}"
+
+
+def _same_time(truth: _Truth) -> str | None:
+    """Return which two frames readers can't tell apart, as they look for frames by time; None: none."""
+    if truth.twins is None:
+        return None
+    first, second = truth.twins
+    return f"frames {first} and {second} {SAME_TIME}"
 
 
 def _wrong_frames(given: _Given, truth: dict[int, Thumbnail]) -> str | None:

@@ -98,7 +98,8 @@ def opened(path: str) -> Iterator[Video]:
     """
     source = open_video(path)
     try:
-        container = av.open(source)
+        # Titles and the like may be in any encoding.
+        container = av.open(source, metadata_errors="replace")
     except av.InvalidDataError as error:
         raise DecodeError(path, NOT_A_VIDEO) from error
     except av.FFmpegError as error:
@@ -113,7 +114,8 @@ def _video_stream(path: str, container: Any) -> Any:
     Raises:
         DecodeError: there is none.
     """
-    # Readers choose by the same rule (av_find_best_stream), but where nothing else speaks for it take a cover.
+    # By the rule of the training's readers (av_find_best_stream). Where something speaks against the video, that rule
+    # takes a cover.
     best = container.streams.best("video")
     streams = [stream for stream in container.streams.video if not stream.disposition & _PICTURES]
     if best is None:

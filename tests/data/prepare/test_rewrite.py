@@ -286,7 +286,9 @@ def test_another_encodings_folder_is_refused(tmp_path: Path, videos: list[Entry]
     source = Source(entries=[], name="x", base=str(tmp_path))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "settings.json").write_text(
-        json.dumps({"command": "rewrite", "version": module._VERSION, "source": "x", "base": str(tmp_path)} | vars(SMALL))
+        json.dumps(
+            {"command": "rewrite", "version": module._VERSION, "source": "x", "base": str(tmp_path)} | vars(SMALL)
+        )
     )
     with pytest.raises(UserError, match=r"other settings \(gop 12 not 24\)"):
         rewrite(source, tmp_path / "out", LIMITS, Encoding(short_side=32, gop=24))

@@ -1,4 +1,4 @@
-"""Files that are whole and that the training's reader refuses, or misreads: the reason is in words, and a copy helps."""
+"""Files that are whole and that the training's reader refuses or misreads: the reason is in words, a copy helps."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import pytest
 from readers import decoders
 from video_files import CLOSED_GROUPS, encode, moving_frames, read_all
 
-from everest_ds.data.decode import REWRITE_IT, DecodeError, decode
-from everest_ds.data.prepare.examine import WRONG_FRAMES, examine
+from everest_ds.data.decode import NOT_A_VIDEO, REWRITE_IT, DecodeError, decode
+from everest_ds.data.manifest import Entry
+from everest_ds.data.prepare.examine import SAME_TIME, examine
 from everest_ds.data.prepare.rewrite import Encoding, Job, rewrite_video
 
 FRAMES = moving_frames(30)
@@ -89,35 +90,52 @@ def test_a_reader_that_refuses(tmp_path: Path, write, reason: str) -> None:
     assert (found.reason, found.rewrite_helps, found.frames) == (None, False, len(FRAMES))
 
 
-def test_what_a_reader_says_of_a_whole_file_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("said", "told"), [("no such thing", "no such thing"), (NOT_A_VIDEO, "decord can't open it")])
+def test_whatever_a_reader_says_of_a_whole_file(
+    videos: list[Entry], monkeypatch: pytest.MonkeyPatch, said: str, told: str
+) -> None:
     def refused(path: str, *_: object) -> None:
-        raise DecodeError(path, "no such thing")
+        raise DecodeError(path, said)
 
     monkeypatch.setattr("everest_ds.data.prepare.examine.decode", refused)
-    found = examine(str(encode(tmp_path / "a.mp4", FRAMES, "libx264", {})))
-    assert (found.reason, found.rewrite_helps) == (f"no such thing; {REWRITE_IT}", True)
+    found = examine(videos[0].path)
+    assert (found.reason, found.rewrite_helps) == (f"{told}; {REWRITE_IT}", True)
+
+
+def test_a_title_in_another_encoding_is_no_fault(tmp_path: Path) -> None:
+    path = tmp_path / "titled.avi"
+    with av.open(str(path), "w") as file:
+        file.metadata["title"] = "Smorrebrod"
+        stream = file.add_stream("mpeg4", rate=25, options={"qscale": "2"})
+        stream.height, stream.width, stream.pix_fmt = *FRAMES.shape[1:3], "yuv420p"
+        for frame in FRAMES:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode(None))
+    path.write_bytes(path.read_bytes().replace(b"Smorrebrod", "Smørrebrød".encode("latin-1")))
+    assert examine(str(path)).reason is None
 
 
 @decoders
 @pytest.mark.parametrize("container", ["mp4", "mkv"])
 def test_frames_with_equal_times(tmp_path: Path, container: str, decoder: str) -> None:
-    """Recorders that fall behind write them, in twos here; the order of the frames is known all the same."""
+    """Recorders that fall behind write them. Readers mix them up, and those next to them."""
+    frames = moving_frames(60)
     path = tmp_path / f"equal.{container}"
     with av.open(str(path), "w") as file:
-        stream = file.add_stream("libx264", rate=25, options=CLOSED_GROUPS)
-        stream.height, stream.width, stream.pix_fmt = *FRAMES.shape[1:3], "yuv420p"
-        packets = [packet for frame in FRAMES for packet in stream.encode(av.VideoFrame.from_ndarray(frame))]
+        stream = file.add_stream("libx264", rate=25, options=CLOSED_GROUPS | {"bf": "0"})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        packets = [packet for frame in frames for packet in stream.encode(av.VideoFrame.from_ndarray(frame))]
         for number, packet in enumerate(packets + stream.encode(None)):
-            packet.pts = packet.dts = number // 2
-            packet.time_base = Fraction(2, 25)
+            packet.time_base = Fraction(1, 25)
+            packet.dts = number
+            # One of them late: so few that a sample can miss it.
+            packet.pts = number + 1 if number == 30 else number + 2
             file.mux(packet)
     found = examine(str(path), decoder)
-    assert found.frames == len(FRAMES)
-    given = decode(str(path), lambda length: [length - 1], decoder)[0]
-    # A reader that goes by times can't tell such frames apart.
-    assert found.reason is None or found.reason.startswith(WRONG_FRAMES)
+    assert (found.reason, found.frames) == (f"frames 29 and 30 {SAME_TIME}; {REWRITE_IT}", 60)
+    assert found.rewrite_helps
     copy = tmp_path / "copy.mp4"
     rewrite_video(Job(str(path), str(copy)), Encoding())
-    distance = np.abs(read_all(copy)[:, None].astype(int) - FRAMES[None]).mean(axis=(2, 3, 4))
-    assert distance.argmin(axis=1).tolist() == list(range(len(FRAMES)))
+    distance = np.abs(read_all(copy)[:, None].astype(int) - frames[None]).mean(axis=(2, 3, 4))
+    assert distance.argmin(axis=1).tolist() == list(range(60))
     assert examine(str(copy), decoder).reason is None
