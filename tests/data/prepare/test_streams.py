@@ -32,7 +32,8 @@ def add_pictures(container: av.container.OutputContainer, codec: str, frames: np
     stream = container.add_stream(codec, rate=25, options={"crf": str(CRF)} if codec == "libx264" else {})
     stream.height, stream.width = frames.shape[1:3]
     stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
-    stream.disposition = Disposition.attached_pic if codec == "mjpeg" else Disposition.default
+    # A number: PyAV 17.0 takes nothing else.
+    stream.disposition = (Disposition.attached_pic if codec == "mjpeg" else Disposition.default).value
 
     def write() -> None:
         for frame in frames:
@@ -141,7 +142,7 @@ def test_a_cover_that_passes_for_the_best_stream(tmp_path: Path) -> None:
     path = tmp_path / "described.mp4"
     with av.open(str(path), "w") as container:
         parts = [add_pictures(container, "libx264", VIDEO), add_pictures(container, "mjpeg", COVER)]
-        container.streams[0].disposition = Disposition.visual_impaired
+        container.streams[0].disposition = Disposition.visual_impaired.value
         for write in parts:
             write()
     data = path.read_bytes()
