@@ -84,16 +84,40 @@ def write_bad_files(folder: Path, good: Path) -> dict[str, Path]:
 OPEN_GOP = {"bf": "3", "flags": "-cgop", "x264-params": "open-gop=1:keyint=12:min-keyint=12:scenecut=0:b-adapt=0"}
 
 
-def turned(path: Path, whole: Path, quarters: int) -> Path:
-    """Write a copy of an mp4 that says it is to be shown turned by so many quarters, as phones do."""
-    cosine, sine = ((1, 0), (0, 1), (-1, 0), (0, -1))[quarters % 4]
-    matrix = struct.pack(">9i", *(65536 * x for x in (cosine, sine, 0, -sine, cosine, 0, 0, 0)), 1 << 30)
+# How phones say that a video is to be shown: a, b, c and d of a matrix; a pixel (x, y) goes to (ax + cy, bx + dy).
+ORIENTATIONS = {
+    "upright": (1, 0, 0, 1),
+    "a quarter clockwise": (0, 1, -1, 0),
+    "half a turn": (-1, 0, 0, -1),
+    "a quarter counter-clockwise": (0, -1, 1, 0),
+    "mirrored": (-1, 0, 0, 1),
+    "upside down": (1, 0, 0, -1),
+    "transposed": (0, 1, 1, 0),
+    "transposed over the other diagonal": (0, -1, -1, 0),
+}
+
+
+def oriented(path: Path, whole: Path, orientation: str) -> Path:
+    """Write a copy of an mp4 or mov that says it is to be shown another way."""
+    a, b, c, d = ORIENTATIONS[orientation]
+    matrix = struct.pack(">9i", *(65536 * x for x in (a, b, 0, c, d, 0, 0, 0)), 1 << 30)
     data = bytearray(whole.read_bytes())
     # Of a track header of version 0: times, number and length, then layers and volume come first.
     start = data.index(b"tkhd") + 4 + 4 + 20 + 16
     data[start : start + len(matrix)] = matrix
     path.write_bytes(data)
     return path
+
+
+def shown(frames: np.ndarray, orientation: str) -> np.ndarray:
+    """Return frames (count, H, W, 3) as a player shows them, pixel by pixel as the matrix says."""
+    a, b, c, d = ORIENTATIONS[orientation]
+    y, x = np.mgrid[: frames.shape[1], : frames.shape[2]]
+    across, down = a * x + c * y, b * x + d * y
+    across, down = across - across.min(), down - down.min()
+    laid = np.empty((len(frames), down.max() + 1, across.max() + 1, 3), frames.dtype)
+    laid[:, down, across] = frames
+    return laid
 
 
 @contextlib.contextmanager

@@ -62,7 +62,7 @@ def run_scan(arguments: argparse.Namespace) -> None:
         print(f"good: {summary['hours']:g} hours, {summary['frames']} frames, {summary['bytes'] / 1e9:.3g} GB")
         print(f"      {listed(summary['codecs'])}; {listed(summary['sizes'])}")
     if summary["bad"]:
-        print(f"bad:  {summary['wrong_frames']} of them by random access alone: rewrite makes good copies of those")
+        print(f"bad:  {summary['rewrite_helps']} whole, of which rewrite makes copies that training can read")
     print(f"lists: {arguments.out / GOOD}, {arguments.out / BAD}")
 
 

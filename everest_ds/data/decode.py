@@ -2,7 +2,8 @@
 
 A file is opened, asked for all the frames that are needed at once, and closed. Readers are never kept: one held across
 a fork aborts the worker, and long-lived ones grow. Nothing falls back to another library: frames are right or the
-file is reported. (decord reads some encodings wrong without noticing, open-GOP H.264 among them; torchcodec doesn't.)
+file is reported. (decord reads some encodings wrong without noticing, open-GOP H.264 among them; torchcodec doesn't.
+Both give mirrored videos turned or unmirrored. :mod:`everest_ds.data.prepare.scan` finds such files.)
 """
 
 from __future__ import annotations
@@ -29,6 +30,17 @@ NOT_A_VIDEO = "not a video, or cut off"
 # Pixels of a picture: 8192 x 8192, as panoramas for two eyes have. 16 of them take 3 GiB, and a few bytes ask for more.
 LARGEST_PICTURE = 8192 * 8192
 _LONGEST_REASON = 200
+REWRITE_IT = "rewrite it with tools/prepare_videos.py"
+_NO_DECODER = "{decoder} has no decoder for its codec, {codec}"
+# What a library says of files that may be whole, and what it means.
+_MEANINGS = {
+    "cannot find video stream": _NO_DECODER,
+    "No valid stream found": _NO_DECODER,
+    "best video stream is unknown": _NO_DECODER,
+    "Failed to measure duration": "{decoder} finds no duration in its header",
+    "Unable to handle EOF": "{decoder} does not find its last frames",
+    "Could not seek file": "{decoder} can't go to its first frame",
+}
 
 
 class DecodeError(Exception):
@@ -73,14 +85,14 @@ def decode(path: str, choose: Callable[[int], ArrayLike], decoder: str = "decord
     open_reader, errors = DECODERS[decoder]()
     video = open_video(path)
     _check_claims(path, video)
-    with _reported(path, errors):
+    with _reported(path, decoder, errors):
         reader = open_reader(video)
         length = len(reader)
     if length < 1:
         raise DecodeError(path, "holds no frame")
     # Sorted and without repeats, a file is read forward once, however the views overlap.
     ids, places = np.unique(np.asarray(choose(length), dtype=np.int64), return_inverse=True)
-    with _reported(path, errors):
+    with _reported(path, decoder, errors):
         frames = reader.frames(ids.tolist())
     return frames if np.array_equal(places, np.arange(len(ids))) else frames[places]
 
@@ -127,14 +139,30 @@ def one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _reported(path: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
+def _reported(path: str, decoder: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
     try:
         yield
     except errors as error:
         reason = one_line(error)
         # All that decord says of what it can't open.
         unknown = reason.startswith("Error reading ") and reason.endswith("...")
+        meaning = next((meaning for said, meaning in _MEANINGS.items() if said in reason), None)
+        if meaning is not None:
+            raise _explained(path, decoder, meaning) from error
         raise DecodeError(path, NOT_A_VIDEO if unknown else reason) from error
+
+
+def _explained(path: str, decoder: str, meaning: str) -> DecodeError:
+    """Return what to say of a file that another library may well read, after a look at what it holds."""
+    # Loaded for such files alone: it takes a worker 20 MB.
+    from everest_ds.data.prepare.sequential import opened  # noqa: PLC0415
+
+    try:
+        with opened(path) as video:
+            codec = video.facts.codec
+    except DecodeError as error:
+        return error
+    return DecodeError(path, f"{meaning.format(decoder=decoder, codec=codec)}; {REWRITE_IT}")
 
 
 def _check_file(path: str) -> None:

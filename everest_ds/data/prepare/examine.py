@@ -3,27 +3,31 @@
 Training jumps into a file; some encodings then give other frames than those asked for, without any error (open groups
 of pictures with decord, say). So some clips are read the way training reads them and compared with a decode from the
 file's start. Decoders differ a little in colour, so the question isn't whether two frames are equal but whether another
-frame nearby fits better.
+frame nearby fits better. Mirrored videos are given turned or unmirrored, all frames alike, so the same is asked of the
+eight ways to lay a picture down.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import av
 import numpy as np
 from numpy.typing import NDArray
 
 from everest_ds.config.schema import DataConfig, ModelConfig
-from everest_ds.data.decode import DecodeError, decode, one_line
-from everest_ds.data.prepare.sequential import ONE_THREAD, opened, upright
+from everest_ds.data.decode import NOT_A_VIDEO, REWRITE_IT, DecodeError, decode, one_line
+from everest_ds.data.prepare.sequential import ONE_THREAD, UPRIGHT, Orientation, laid, opened, upright
 from everest_ds.data.randomness import Stream, generator
 from everest_ds.data.sampling import Segments, frame_ids
 
 WRONG_FRAMES = "random access gives wrong frames"
+WRONG_WAY = "turned or mirrored other than a player shows it"
+SAME_TIME = "have the same time, by which readers look for them"
 CLIPS = 8
 # Frames around one that was asked for, among which the one that was given is looked for.
 NEIGHBOURS = 16
@@ -41,7 +45,8 @@ Thumbnail = NDArray[np.float32]
 class Examined:
     """What is known of a file; ``reason`` says what is wrong with it, None: nothing. None elsewhere: not known.
 
-    ``passing``: another look may well find something else.
+    ``rewrite_helps``: the file is whole, and it is the reader that gets it wrong. ``passing``: another look may well
+    find something else.
     """
 
     frames: int | None = None
@@ -52,7 +57,26 @@ class Examined:
     codec: str | None = None
     compared: int = 0
     reason: str | None = None
+    rewrite_helps: bool = False
     passing: bool = False
+
+
+class _Given(NamedTuple):
+    """The frames that were ``asked`` for, the ``pictures`` given for them; or why none were: ``refused``."""
+
+    asked: list[int]
+    pictures: list[Thumbnail]
+    refused: str | None = None
+
+
+class _Truth(NamedTuple):
+    """All ``frames`` counted, their size, the ``pictures`` to compare with; ``twins``: two frames of one time."""
+
+    frames: int
+    width: int
+    height: int
+    pictures: dict[int, Thumbnail]
+    twins: tuple[int, int] | None
 
 
 def examine(path: str, decoder: str = "decord") -> Examined:
@@ -66,10 +90,16 @@ def examine(path: str, decoder: str = "decord") -> Examined:
     try:
         with opened(path) as video:
             found = Examined(**dataclasses.asdict(video.facts))
-            asked, given = _given(path, decoder)
-            counted, truth = _truth(video.frames(), asked)
-        reason = _difference(asked, given, truth, counted["frames"])
-        return dataclasses.replace(found, **counted, compared=len(asked), reason=reason)
+            given = _given(path, decoder)
+            # From start to end: what comes through is whole, and can be rewritten.
+            truth = _truth(video.frames(), given.asked)
+        if truth is None:
+            raise DecodeError(path, "holds no frame")
+        found = dataclasses.replace(
+            found, frames=truth.frames, width=truth.width, height=truth.height, compared=len(given.asked)
+        )
+        reason = _misread(given, truth, decoder)
+        return dataclasses.replace(found, reason=reason, rewrite_helps=reason is not None)
     except DecodeError as error:
         return dataclasses.replace(found, reason=error.reason, passing=error.passing)
     except Exception as error:
@@ -77,10 +107,14 @@ def examine(path: str, decoder: str = "decord") -> Examined:
         return dataclasses.replace(found, reason=f"{type(error).__name__}: {one_line(error)}")
 
 
-def _given(path: str, decoder: str) -> tuple[list[int], list[Thumbnail]]:
-    """Return the frames that were asked for, read by read, and what was given."""
+def _given(path: str, decoder: str) -> _Given:
+    """Read as training does, read by read.
+
+    Raises:
+        DecodeError: the storage failed.
+    """
     asked: list[int] = []
-    given: list[Thumbnail] = []
+    pictures: list[Thumbnail] = []
     for read in range(CLIPS + 1):
         ids: list[int] = []
 
@@ -88,9 +122,14 @@ def _given(path: str, decoder: str) -> tuple[list[int], list[Thumbnail]]:
             ids += _ids(length, read)
             return ids
 
-        given += [thumbnail(frame) for frame in decode(path, choose, decoder)]
+        try:
+            pictures += [thumbnail(frame) for frame in decode(path, choose, decoder)]
+        except DecodeError as error:
+            if error.passing:
+                raise
+            return _Given([], [], refused=error.reason)
         asked += ids
-    return asked, given
+    return _Given(asked, pictures)
 
 
 def _ids(length: int, read: int) -> list[int]:
@@ -102,37 +141,80 @@ def _ids(length: int, read: int) -> list[int]:
     return list(dict.fromkeys(frame_ids(length, int(start), ModelConfig().frames, DataConfig().stride).tolist()))
 
 
-def _truth(frames: Iterable[av.VideoFrame], asked: list[int]) -> tuple[dict[str, Any], dict[int, Thumbnail]]:
-    """Return the number of frames and their size, and the pictures that were asked for or are near to those."""
+def _truth(frames: Iterable[av.VideoFrame], asked: list[int]) -> _Truth | None:
+    """Return what the file really holds, with the pictures that were asked for or are near to those; None: no frame."""
     wanted = {i for each in asked for i in range(each - NEIGHBOURS, each + NEIGHBOURS + 1)}
-    truth: dict[int, Thumbnail] = {}
+    pictures: dict[int, Thumbnail] = {}
+    at: dict[int, int] = {}
+    twins = None
     count, last = 0, None
     for frame in frames:
         if count in wanted:
-            truth[count] = thumbnail(upright(frame))
+            pictures[count] = thumbnail(upright(frame))
+        # A bare stream says no times.
+        if frame.pts is not None:
+            first = at.setdefault(frame.pts, count)
+            if first != count and twins is None:
+                twins = (first, count)
         count, last = count + 1, frame
     if last is None:
-        return {"frames": 0}, truth
+        return None
     picture = upright(last)
-    # Readers count a frame more than there are in some containers, and then repeat the last.
-    truth[count - 1] = thumbnail(picture)
+    pictures[count - 1] = thumbnail(picture)
     height, width = picture.shape[:2]
-    return {"frames": count, "width": width, "height": height}, truth
+    return _Truth(count, width, height, pictures, twins)
 
 
-def _difference(asked: list[int], given: list[Thumbnail], truth: dict[int, Thumbnail], frames: int) -> str | None:
-    """Return what is wrong with the frames that were given; None: nothing."""
-    if not frames:
-        return "holds no frame"
-    shown = [_shown(min(i, frames - 1), picture, truth) for i, picture in zip(asked, given, strict=True)]
-    wrong = [(i, other) for i, other in zip(asked, shown, strict=True) if other != min(i, frames - 1)]
+def _misread(given: _Given, truth: _Truth, decoder: str) -> str | None:
+    """Return what a reader does wrong with a whole file; None: nothing."""
+    # The words for what no library can open.
+    refused = f"{decoder} can't open it" if given.refused == NOT_A_VIDEO else given.refused
+    reason = (
+        refused
+        or _wrong_way(given, truth.pictures, decoder)
+        or _same_time(truth)
+        or _wrong_frames(given, truth.pictures)
+    )
+    return reason if reason is None or reason.endswith(REWRITE_IT) else f"{reason}; {REWRITE_IT}"
+
+
+def _wrong_way(given: _Given, truth: dict[int, Thumbnail], decoder: str) -> str | None:
+    """Return that the pictures were laid down another way than a player does; None: they were not."""
+    pairs = [(truth[_stored(i, truth)], picture) for i, picture in zip(given.asked, given.pictures, strict=True)]
+    ways = itertools.starmap(Orientation, itertools.product((False, True), repeat=3))
+    away = {way: sum(distance(laid(right, way), picture) for right, picture in pairs) for way in ways}
+    best = min(away, key=away.__getitem__)
+    if best == UPRIGHT or away[UPRIGHT] <= _SAME * len(pairs) or away[best] >= away[UPRIGHT] / 2:
+        return None
+    return f"{decoder} gives it {WRONG_WAY}"
+
+
+def _same_time(truth: _Truth) -> str | None:
+    """Return which two frames readers can't tell apart, as they look for frames by time; None: none."""
+    if truth.twins is None:
+        return None
+    first, second = truth.twins
+    return f"frames {first} and {second} {SAME_TIME}"
+
+
+def _wrong_frames(given: _Given, truth: dict[int, Thumbnail]) -> str | None:
+    """Return which frames were given in the place of others; None: none."""
+    wrong = []
+    for asked, picture in zip(given.asked, given.pictures, strict=True):
+        stored = _stored(asked, truth)
+        shown = _shown(stored, picture, truth)
+        if shown != stored:
+            wrong.append((asked, shown))
     if not wrong:
         return None
     first, other = wrong[0]
     what = "a picture that is not of this video" if other is None else f"frame {other}"
-    return (
-        f"{WRONG_FRAMES}, {len(wrong)} of {len(asked)} compared: asked for frame {first}, it gives {what}; rewrite it"
-    )
+    return f"{WRONG_FRAMES}, {len(wrong)} of {len(given.asked)} compared: asked for frame {first}, it gives {what}"
+
+
+def _stored(asked: int, truth: dict[int, Thumbnail]) -> int:
+    # Readers count a frame more than there are in some containers, and then repeat the last.
+    return min(asked, max(truth))
 
 
 def _shown(asked: int, picture: Thumbnail, truth: dict[int, Thumbnail]) -> int | None:

@@ -2,7 +2,7 @@
 
 The copies have no B-frames and closed groups of pictures, so readers agree on which frame is which, and reading a clip
 from the middle decodes few frames in vain. Each frame of the original becomes one of the copy, at a constant rate (the
-mean of the original); sound is left out; what is stored turned is turned upright.
+mean of the original); sound is left out; what is stored turned or mirrored is laid down as it is to be shown.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from everest_ds.data.members import Member, is_url
 from everest_ds.data.prepare import jobs
 from everest_ds.data.prepare.folder import Record, WorkFolder, status_of
 from everest_ds.data.prepare.scan import BAD, Limits, format_bad
-from everest_ds.data.prepare.sequential import ONE_THREAD, Video, opened, quarters, upright
+from everest_ds.data.prepare.sequential import ONE_THREAD, UPRIGHT, Video, opened, orientation, upright
 from everest_ds.data.prepare.sources import Source
 
 MANIFEST = "manifest.csv"
 # Raise it whenever the same video would become another copy.
-_VERSION = 1
+_VERSION = 2
 _UNFINISHED = ".unfinished"
 # What FFmpeg calls a frame whose colours are not coded as luma and chroma (AVCOL_SPC_RGB).
 _RGB = 0
@@ -256,7 +256,7 @@ def shrunk(width: int, height: int, short_side: int) -> tuple[int, int]:
 
 
 def _shown_size(frame: Any) -> tuple[int, int]:
-    return (frame.height, frame.width) if quarters(frame) % 2 else (frame.width, frame.height)
+    return (frame.height, frame.width) if orientation(frame).transposed else (frame.width, frame.height)
 
 
 def _rate(video: Video) -> Fraction:
@@ -269,7 +269,7 @@ def _rate(video: Video) -> Fraction:
 
 def _prepared(frame: Any, width: int, height: int) -> Any:
     """Return a frame upright, of the copy's size and format, and free of what the original's encoder decided."""
-    if quarters(frame):
+    if orientation(frame) != UPRIGHT:
         frame = av.VideoFrame.from_ndarray(upright(frame), format="rgb24")
     space = Colorspace.ITU601 if frame.colorspace == _RGB else frame.colorspace
     copy = frame.reformat(

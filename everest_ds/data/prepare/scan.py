@@ -16,13 +16,13 @@ from everest_ds.config.progress import CountLine
 from everest_ds.data.decode import require_decoder
 from everest_ds.data.manifest import UNLISTABLE, can_list, format_manifest
 from everest_ds.data.prepare import jobs
-from everest_ds.data.prepare.examine import WRONG_FRAMES, Examined, examine
+from everest_ds.data.prepare.examine import Examined, examine
 from everest_ds.data.prepare.folder import Record, WorkFolder, status_of
 from everest_ds.data.prepare.sources import Source
 
 GOOD, BAD, SUMMARY = "good.csv", "bad.csv", "summary.json"
 # Raise it whenever the same file would get another record.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ def summarise(records: Sequence[Record]) -> dict[str, Any]:
         "files": len(records),
         "good": len(good),
         "bad": len(records) - len(good),
-        "wrong_frames": sum((record["reason"] or "").startswith(WRONG_FRAMES) for record in records),
+        "rewrite_helps": sum(record["rewrite_helps"] for record in records),
         "codecs": _counted(record["codec"] for record in good),
         "sizes": _counted(f"{record['width']}x{record['height']}" for record in good),
         "frames": sum(record["frames"] for record in good),

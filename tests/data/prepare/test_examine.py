@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from video_files import OPEN_GOP, moving_frames, read_all, turned, write_video
+from video_files import OPEN_GOP, moving_frames, read_all, write_video
 
 from everest_ds.data.manifest import Entry
 from everest_ds.data.prepare import examine as module
@@ -39,13 +39,6 @@ def test_other_encodings_are_not_condemned(tmp_path: Path, options: dict[str, st
 def test_short_files(tmp_path: Path, count: int) -> None:
     found = examine(str(write_video(tmp_path / "a.mp4", moving_frames(count))))
     assert (found.frames, found.reason) == (count, None)
-
-
-@pytest.mark.parametrize("quarters", [1, 2, 3])
-def test_a_turned_file_is_compared_as_it_is_shown(tmp_path: Path, videos: list[Entry], quarters: int) -> None:
-    found = examine(str(turned(tmp_path / "turned.mp4", Path(videos[0].path), quarters)))
-    assert found.reason is None
-    assert (found.width, found.height) == ((48, 64) if quarters % 2 else (64, 48))
 
 
 def test_a_file_whose_frames_never_change_is_good(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import av
 import numpy as np
 import pytest
 from av.video.frame import PictureType
-from video_files import OPEN_GOP, moving_frames, read_all, turned, write_video
+from video_files import OPEN_GOP, moving_frames, read_all, write_video
 
 from everest_ds.config.errors import UserError
 from everest_ds.data.decode import decode
@@ -23,7 +23,6 @@ from everest_ds.data.prepare import rewrite as module
 from everest_ds.data.prepare.examine import examine
 from everest_ds.data.prepare.rewrite import Encoding, Job, rewrite, rewrite_video, shrunk
 from everest_ds.data.prepare.scan import Limits
-from everest_ds.data.prepare.sequential import opened, upright
 from everest_ds.data.prepare.sources import Source, read_source
 
 ROOT = Path(__file__).parents[3]
@@ -97,19 +96,6 @@ class TestACopy:
             assert [stream.type for stream in container.streams] == ["video"]
             assert container.streams.video[0].average_rate == Fraction(30000, 1001)
             assert container.streams.video[0].frames == 30
-
-    @pytest.mark.parametrize("quarters", [1, 2, 3])
-    def test_what_is_stored_turned_is_upright(self, tmp_path: Path, videos: list[Entry], quarters: int) -> None:
-        original = turned(tmp_path / "turned.mp4", Path(videos[0].path), quarters)
-        with opened(str(original)) as video:
-            truth = np.stack([upright(frame) for frame in video.frames()])
-        copy = copy_of(original, Encoding())
-        with opened(str(copy)) as video:
-            frames = list(video.frames())
-        assert {frame.rotation for frame in frames} == {0}
-        pixels = np.stack([frame.to_ndarray(format="rgb24") for frame in frames])
-        assert pixels.shape == truth.shape
-        assert np.abs(pixels.astype(int) - truth).mean() < 6
 
     @pytest.mark.parametrize(
         ("pixels", "tags"),
@@ -300,7 +286,9 @@ def test_another_encodings_folder_is_refused(tmp_path: Path, videos: list[Entry]
     source = Source(entries=[], name="x", base=str(tmp_path))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "settings.json").write_text(
-        json.dumps({"command": "rewrite", "version": 1, "source": "x", "base": str(tmp_path)} | vars(SMALL))
+        json.dumps(
+            {"command": "rewrite", "version": module._VERSION, "source": "x", "base": str(tmp_path)} | vars(SMALL)
+        )
     )
     with pytest.raises(UserError, match=r"other settings \(gop 12 not 24\)"):
         rewrite(source, tmp_path / "out", LIMITS, Encoding(short_side=32, gop=24))

@@ -75,10 +75,11 @@ def test_a_folder_as_a_user_scans_it(folder: Path, tmp_path: Path) -> None:
     assert [record["path"] for record in records] == sorted(record["path"] for record in records)
     assert len(records) == 6
     summary = json.loads((out / "summary.json").read_text())
-    counts = {"files": 6, "good": 3, "bad": 3, "wrong_frames": 1, "codecs": {"h264": 3}, "sizes": {"64x48": 3}}
+    counts = {"files": 6, "good": 3, "bad": 3, "rewrite_helps": 1, "codecs": {"h264": 3}, "sizes": {"64x48": 3}}
     assert {key: summary[key] for key in counts} == counts
     assert summary["frames"] == 34 + 35 + 36
     assert done.stdout.startswith("6 files: 3 good, 3 bad\n")
+    assert "\nbad:  1 whole, of which rewrite makes copies that training can read\n" in done.stdout
     assert "files looked at: 6 of 6" in done.stderr
     assert all(line.startswith("files looked at: ") for line in done.stderr.splitlines())
 
