@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from everest_ds.config.errors import UserError, shown
 from everest_ds.config.files import read_bounded
-from everest_ds.data.members import is_url
+from everest_ds.data.members import find_repeated, is_url, key_twice
 
 LARGEST_LABEL = 2**31 - 1
 _MOST_DIGITS = 12
@@ -78,7 +78,8 @@ def read_manifest(path: str | Path, root: str | Path | None = None, *, key: str 
         key: the setting that named the manifest, for messages.
 
     Raises:
-        UserError: the manifest can't be read, lists nothing, or a line makes no sense; names file and line.
+        UserError: the manifest can't be read, lists nothing, or a line makes no sense (names file and line); or a
+            shard of its has one key for two videos.
     """
     manifest = Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises for a user who isn't there
     base = str(manifest.parent if root is None else root if is_url(str(root)) else os.path.expanduser(root))  # noqa: PTH111
@@ -89,7 +90,11 @@ def read_manifest(path: str | Path, root: str | Path | None = None, *, key: str 
     names = ((line.path, line.label) if labelled else (line.text, None) for line in lines)
     # Text, not pathlib: a manifest may have millions of lines.
     prefix = "" if base == "." else base.rstrip("/") + "/"
-    return [Entry(name if name.startswith("/") or is_url(name) else prefix + name, label) for name, label in names]
+    entries = [Entry(name if name.startswith("/") or is_url(name) else prefix + name, label) for name, label in names]
+    repeated = find_repeated(entry.path for entry in entries)
+    if repeated is not None:
+        raise UserError(f"{key}: {manifest}: {key_twice(repeated.shard, repeated.name)}")
+    return entries
 
 
 def format_manifest(entries: Sequence[Entry]) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from everest_ds.config.errors import UserError
+from everest_ds.config.errors import UserError, shown
 
 # As many digits as a place in a file can have.
 _PATH = re.compile(r"(.+)#([0-9]{1,18})\+([0-9]{1,18})#(.+)", re.DOTALL)
@@ -81,6 +81,26 @@ class Member:
 def is_url(path: str) -> bool:
     """Say whether a path is a URL, which fsspec reads."""
     return _URL.match(path) is not None
+
+
+def find_repeated(paths: Iterable[str]) -> Member | None:
+    """Return a member, among these paths, whose shard has its name at another place that is among them, too."""
+    first: dict[tuple[str, str], str] = {}
+    for path in paths:
+        member = Member.named(path) if "#" in path else None
+        if member is not None and first.setdefault((member.shard, member.name), path) != path:
+            return member
+    return None
+
+
+def key_twice(shard: str, name: str) -> str:
+    """Return what is to be said of a shard that has a member's key for another sample, too."""
+    folder, slash, file = name.rpartition("/")
+    key = folder + slash + file.partition(".")[0]
+    return (
+        f"{shard} holds the key {shown(key)} twice ({name}), and labels go by keys; write it anew with a key for each "
+        "video, and index it again"
+    )
 
 
 def require_storage(paths: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from everest_ds.config.errors import RankError, UserError
 from everest_ds.config.finetuning import FinetuneRecipe
 from everest_ds.config.progress import CountLine
 from everest_ds.data.dataset import ClipDataset
+from everest_ds.data.labels import doubtful_labels
 from everest_ds.data.loader import BadSamples
 from everest_ds.data.manifest import Entry, check_labels, count_classes, read_manifest
 from everest_ds.models import VideoClassifier
@@ -20,6 +22,8 @@ from everest_ds.training import evaluation_files as files
 from everest_ds.training import probes, ranks
 from everest_ds.training.evaluate import PerVideo, Predictions, average_views, predict, score
 from everest_ds.training.subject import Request, Subject
+
+log = logging.getLogger(__name__)
 
 AnyPerVideo = TypeVar("AnyPerVideo", bound=PerVideo)
 
@@ -120,6 +124,18 @@ class Videos:
         return {"manifest": str(self.manifest), "videos": len(found.index), "unreadable": list(unreadable)}
 
 
+def check(*lists: Videos, classes: int) -> None:
+    """Check the labels of one manifest, or of one to train on and another, and warn of what looks wrong with them.
+
+    Raises:
+        UserError: a label is missing or out of range.
+    """
+    for videos in lists:
+        check_labels(videos.entries, classes, key=videos.key)
+    for doubt in doubtful_labels({videos.key: videos.entries for videos in lists}, classes):
+        log.warning("%s", doubt)
+
+
 class HeadTask:
     """Test a classifier by its own head."""
 
@@ -128,7 +144,7 @@ class HeadTask:
         recipe = self.subject.recipe
         self.classes = recipe.model.classes or 0
         self.videos = Videos(recipe, _split(request, recipe))
-        check_labels(self.videos.entries, self.classes, key=self.videos.key)
+        check(self.videos, classes=self.classes)
         self.results = Results(request, "evaluation")
 
     def run(self) -> Outcome | None:
@@ -147,8 +163,7 @@ class ProbeTask:
         self.train = Videos(recipe, "train")
         self.classes = count_classes(self.train.entries)
         self.videos = Videos(recipe, _split(request, recipe))
-        for videos in (self.train, self.videos):
-            check_labels(videos.entries, self.classes, key=videos.key)
+        check(self.train, self.videos, classes=self.classes)
         self.results = Results(request, f"probe-{request.probe}")
 
     def run(self) -> Outcome | None:

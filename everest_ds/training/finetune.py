@@ -13,6 +13,7 @@ from everest_ds.config.finetuning import FinetuneRecipe, FinetuneTrainConfig
 from everest_ds.config.load import build, group
 from everest_ds.data.augment import ClipAugment
 from everest_ds.data.dataset import ClipDataset
+from everest_ds.data.labels import doubtful_labels
 from everest_ds.data.manifest import Entry, check_labels, count_classes, read_manifest
 from everest_ds.models import VideoClassifier
 from everest_ds.models.weights import Weights, load_encoder, read_weights
@@ -51,22 +52,17 @@ def prepare(tree: Mapping[str, Any], raw_ds_config: dict[str, Any]) -> Job:
         raise UserError("data.train: no training manifest; give data.train=/path/to/train.csv")
     entries = read_manifest(recipe.data.train, recipe.data.root, key="data.train")
     classes = count(recipe, entries, weights)
-    check_labels(entries, classes, key="data.train")
+    lists = {"data.train": entries, **validation_list(recipe)}
+    for key, listed in lists.items():
+        check_labels(listed, classes, key=key)
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, classes=classes))
     source = find_resume(recipe)
-    validation = validation_set(recipe, classes)
     model = build_model(recipe)
     assert isinstance(model, VideoClassifier)
     description = [describe(model, recipe), describe_weights(model, recipe, weights)]
-    dataset = ClipDataset(
-        entries,
-        recipe.data,
-        frames=recipe.model.frames,
-        image_size=recipe.model.image_size,
-        tokens=0,
-        seed=recipe.train.seed,
-        transform=ClipAugment(recipe.augment),
-    )
+    for doubt in doubtful_labels(lists, classes):
+        log.warning("%s", doubt)
+    dataset, validation = datasets(recipe, lists)
     return Job.prepare(
         recipe,
         raw_ds_config,
@@ -102,19 +98,31 @@ def count(recipe: FinetuneRecipe, entries: list[Entry], weights: Weights | None)
     return classes
 
 
-def validation_set(recipe: FinetuneRecipe, classes: int) -> ClipDataset | None:
-    """Return the videos of ``data.val``, one view each; None without a manifest.
+def validation_list(recipe: FinetuneRecipe) -> dict[str, list[Entry]]:
+    """Return the videos of ``data.val`` by that name; nothing without a manifest.
 
     Raises:
-        UserError: the manifest can't be read, lists nothing, or has labels beyond the classes.
+        UserError: the manifest can't be read, or lists nothing.
     """
     if recipe.data.val is None:
         log.warning("data.val is not set: nothing is validated")
-        return None
-    entries = read_manifest(recipe.data.val, recipe.data.root, key="data.val")
-    check_labels(entries, classes, key="data.val")
-    shape = {"frames": recipe.model.frames, "image_size": recipe.model.image_size}
-    return ClipDataset.for_evaluation(entries, recipe.data, **shape)
+        return {}
+    return {"data.val": read_manifest(recipe.data.val, recipe.data.root, key="data.val")}
+
+
+def datasets(recipe: FinetuneRecipe, lists: Mapping[str, list[Entry]]) -> tuple[ClipDataset, ClipDataset | None]:
+    """Return clips to train on, and one view of each video to validate on, if there are any."""
+    shape: dict[str, Any] = {"frames": recipe.model.frames, "image_size": recipe.model.image_size}
+    train = ClipDataset(
+        lists["data.train"],
+        recipe.data,
+        **shape,
+        tokens=0,
+        seed=recipe.train.seed,
+        transform=ClipAugment(recipe.augment),
+    )
+    held_out = lists.get("data.val")
+    return train, None if held_out is None else ClipDataset.for_evaluation(held_out, recipe.data, **shape)
 
 
 def describe(model: VideoClassifier, recipe: FinetuneRecipe) -> str:

@@ -32,6 +32,7 @@ from everest_ds.training.files import Lines
 from everest_ds.training.loop import EXIT_RESTART_ME, Training, train
 from everest_ds.training.metrics import MetricsFile
 from everest_ds.training.micro_batch import fill_micro_batch
+from everest_ds.training.monitors import Monitors, placed
 from everest_ds.training.objectives import objective_for
 from everest_ds.training.out_of_memory import explained, is_out_of_memory
 from everest_ds.training.preemption import StopRequest
@@ -154,7 +155,7 @@ def check_same_view(job: Job) -> None:
 
 def _train(job: Job, stop: StopRequest) -> int:
     run_dir = RunDir(Path(job.recipe.train.output_dir))
-    built = initialise(job.model, job.recipe, job.ds_config)
+    built = initialise(job.model, job.recipe, placed(job.ds_config, run_dir.path))
     average = build_average(built.engine.module, job.recipe)
     checkpoints = Checkpoints(built.engine, run_dir, average, ds_config=job.ds_config, global_batch=job.batches.total)
     resumed = checkpoints.load(job.source) if job.source else FRESH
@@ -209,7 +210,8 @@ def assemble(job: Job, built: Built, average: Average | None, checkpoints: Check
     """Put the loop's parts together."""
     recipe, batches, total, done = job.recipe, job.batches, job.schedule.total_steps, resumed.step
     run_dir = RunDir(Path(recipe.train.output_dir))
-    metrics, bad_steps = open_records(job, run_dir, built, done)
+    monitors = Monitors(built.engine.monitor)
+    metrics, bad_steps = open_records(job, run_dir, built, monitors, done)
     if ranks.is_main():
         announce(job, built, done)
     samples = step_sampler(recipe, batches, len(job.dataset), first_step=done, last_step=total)
@@ -230,7 +232,7 @@ def assemble(job: Job, built: Built, average: Average | None, checkpoints: Check
         steps_per_epoch=job.steps_per_epoch,
         objective=objective_for(recipe),
         average=average,
-        validation=build_validation(job, built, average, done),
+        validation=build_validation(job, built, average, monitors, done),
         bad_samples=BadSamples(recipe.data.max_bad_share, clips_per_video=recipe.data.clips_per_video),
         bad_steps=BadSteps(bad_steps, job.dataset.path, searching=partial(searches_scale, built.engine)),
         metrics=metrics,
@@ -241,7 +243,7 @@ def assemble(job: Job, built: Built, average: Average | None, checkpoints: Check
 
 
 def open_records(
-    job: Job, run_dir: RunDir, built: Built, done: int
+    job: Job, run_dir: RunDir, built: Built, monitors: Monitors, done: int
 ) -> tuple[MetricsFile, MetricsFile] | tuple[None, None]:
     """Write the run's facts beside each copy of its checkpoints; on rank 0, return metrics.jsonl and bad_steps.jsonl.
 
@@ -253,13 +255,16 @@ def open_records(
         if Writers.of(job.ds_config).leads:
             run_dir.write_facts(job.recipe, job.ds_config, env, from_step=done)
         if ranks.is_main():
-            return MetricsFile(run_dir.metrics, from_step=done), MetricsFile(run_dir.bad_steps, from_step=done)
+            metrics = MetricsFile(run_dir.metrics, from_step=done, also=partial(monitors.write, "train"))
+            return metrics, MetricsFile(run_dir.bad_steps, from_step=done)
     except OSError as error:
         raise RankError(f"train.output_dir: cannot write to {run_dir.path} ({error.strerror}); make room") from error
     return None, None
 
 
-def build_validation(job: Job, built: Built, average: Average | None, done: int) -> Validation | None:
+def build_validation(
+    job: Job, built: Built, average: Average | None, monitors: Monitors, done: int
+) -> Validation | None:
     """Return what validates a fine-tuning, ``done`` steps into it; None where there is nothing to validate on."""
     recipe = job.recipe
     if job.validation is None or not isinstance(recipe, FinetuneRecipe):
@@ -274,6 +279,7 @@ def build_validation(job: Job, built: Built, average: Average | None, done: int)
         every_steps=max(1, round(every * job.steps_per_epoch)) if every else 0,
         path=RunDir(Path(recipe.train.output_dir)).validations,
         from_step=done,
+        monitors=monitors,
     )
 
 

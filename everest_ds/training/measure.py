@@ -37,6 +37,7 @@ from everest_ds.models import build_network, forward_macs
 from everest_ds.training import ranks
 from everest_ds.training.average import Average, build_average
 from everest_ds.training.engine import Built, build_model, initialise, resolve
+from everest_ds.training.monitors import SECTIONS
 from everest_ds.training.objectives import Objective, objective_for
 
 # Steps before a step is like the ones to come: Adam makes its states in the first; ZeRO-3 records the order of modules
@@ -142,7 +143,9 @@ class Run:
     def start(cls, recipe: Recipe, raw_ds_config: dict[str, Any]) -> Run:
         """Build the engine, and clips of random bytes."""
         model = build_model(recipe)
-        ds_config, batches = resolve(raw_ds_config, recipe, model)
+        # No monitors: what is measured is no run.
+        unwatched = {key: value for key, value in raw_ds_config.items() if key not in SECTIONS}
+        ds_config, batches = resolve(unwatched, recipe, model)
         built = initialise(model, recipe, ds_config)
         generator = torch.Generator().manual_seed(recipe.train.seed + ranks.rank())
         batch = random_batch(model, batches.micro, generator)

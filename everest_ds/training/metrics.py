@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,23 @@ class MetricsFile:
     """Appends one JSON object per logged step, at once.
 
     Lines beyond the step that a run continues from are moved beside it (``metrics.discarded.jsonl``), not deleted.
+
+    Args:
+        path: the file.
+        from_step: the step that the run continues from.
+        also: is given each record, too.
     """
 
-    def __init__(self, path: Path, *, from_step: int) -> None:
+    def __init__(self, path: Path, *, from_step: int, also: Callable[[dict[str, Any]], None] | None = None) -> None:
         if path.exists():
             self._set_aside(path, from_step)
-        self._lines = files.Lines(path)
+        self._lines, self._also = files.Lines(path), also
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record."""
         self._lines.append(record)
+        if self._also is not None:
+            self._also(record)
 
     def holds(self, step: int) -> bool:
         """Whether there is a record of a step."""

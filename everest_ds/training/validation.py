@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from everest_ds.training import ranks
 from everest_ds.training.average import Average
 from everest_ds.training.evaluate import predict, score
 from everest_ds.training.metrics import MetricsFile
+from everest_ds.training.monitors import Monitors
 
 
 class Validation:
@@ -27,6 +29,7 @@ class Validation:
         every_steps: between validations; 0: at the end only.
         path: validation.jsonl.
         from_step: the step that the run continues from.
+        monitors: are given the scores, too.
     """
 
     def __init__(
@@ -40,12 +43,15 @@ class Validation:
         every_steps: int,
         path: Path,
         from_step: int,
+        monitors: Monitors,
     ) -> None:
         self._engine, self._average = engine, average
         self._dataset = dataset
         self._videos_per_batch, self._every_steps = videos_per_batch, every_steps
         self._bad_samples = BadSamples(max_bad_share, clips_per_video=dataset.views, lost_ends=False, key="data.val")
-        self._records = MetricsFile(path, from_step=from_step) if ranks.is_main() else None
+        self._records = (
+            MetricsFile(path, from_step=from_step, also=partial(monitors.write, "val")) if ranks.is_main() else None
+        )
 
     def due(self, step: int) -> bool:
         """Whether to validate after this step, besides the last one."""

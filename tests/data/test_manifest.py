@@ -173,3 +173,15 @@ def test_a_missing_label_is_named(classes: int, known: str) -> None:
     assert message.startswith(f"data.train: /x/7.mp4 has no label; a classifier needs one of {known} for every video")
     assert "path,label" in message
     assert "\n" not in message
+
+
+def test_a_shard_with_a_key_twice_is_named(tmp_path: Path) -> None:
+    """As an older index left it: the first video has the last one's label. The same place twice is one video, twice."""
+    once = "a.tar#512+9#x/clip.1.mp4,0\na.tar#512+9#x/clip.1.mp4,0\nb.tar#9999+9#x/clip.1.mp4,0\n"
+    assert len(read(tmp_path, once)) == 3
+    with pytest.raises(UserError) as caught:
+        read(tmp_path, f"{once}a.tar#2048+9#x/clip.1.mp4,0\n")
+    assert str(caught.value) == (
+        f"manifest: {tmp_path}/list.csv: /r/a.tar holds the key 'x/clip' twice (x/clip.1.mp4), and labels go "
+        "by keys; write it anew with a key for each video, and index it again"
+    )

@@ -133,6 +133,19 @@ def test_three_ranks_test_a_classifier_as_one_does(runs, tmp_path, three_ranks, 
     assert scores(folder) == found
 
 
+def test_labels_that_look_wrong_are_told(runs, tmp_path, one_rank):
+    """Of a list to test on, and of the two lists of a probe."""
+    few = tmp_path / "few.csv"
+    few.write_text("\n".join(str(runs.train.parent / line) for line in runs.train.read_text().splitlines()[1:3]))
+    views = ("data.stride=1", "data.workers=0", "test.clips=1", "test.crops=1")
+    command = ("run/evaluate.py", "--out", tmp_path / "head", "--from", runs.classifier, f"data.test={few}", *views)
+    assert "WARNING: of 8 classes, counted from 0, data.test has no video of " in one_rank.succeed(*command).stderr
+    probe = ("run/evaluate.py", "--out", tmp_path / "probe", "--from", runs.autoencoder, "--probe", "knn")
+    told = one_rank.succeed(*probe, f"data.train={runs.train}", f"data.val={few}").stderr
+    assert "WARNING: of 8 classes, counted from 0, data.val has no video of " in told
+    assert "WARNING: data.val: 2 of 2 videos are in data.train, too, such as " in told
+
+
 def test_three_ranks_probe_an_encoder_as_one_does(runs, tmp_path, three_ranks, one_rank):
     manifests = (f"data.train={runs.train}", f"data.val={runs.test}")
     command = ("run/evaluate.py", "--from", runs.autoencoder, "--probe", "knn", *manifests)

@@ -144,3 +144,21 @@ def test_from_videos_to_accuracy(tmp_path, motion_videos, few_videos, two_ranks)
     assert scores["top1"] == pytest.approx(validations(tuned)[-1]["top1"])
     with (tuned / "evaluation/predictions.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 17
+
+
+def test_labels_that_look_wrong_are_told_once(tmp_path, few_videos, two_ranks):
+    """Counted from 1 to train on and from 0 to validate on, the same videos, one of them with two labels."""
+    listed = [line.split(",") for line in few_videos.read_text().splitlines()[1:]]
+    train = [(few_videos.parent / name, int(label) + 1) for name, label in listed]
+    lines = [f"{path},{label}" for path, label in [*train, (train[0][0], train[0][1] + 1)]]
+    (tmp_path / "train.csv").write_text("\n".join(lines))
+    place = (f"data.train={tmp_path / 'train.csv'}", f"data.val={few_videos}", f"train.output_dir={tmp_path / 'run'}")
+    small = ("model.size=vit_micro", "model.image_size=48", "train.global_batch=4", "train.max_steps=1")
+    done = two_ranks.succeed("run/finetune.py", "--ds_config", DS_CONFIGS / "zero1.json", *CLIP, *small, *place)
+    first, label = train[0]
+    for told in (
+        "of 9 classes, counted from 0, data.train has no video of 0, data.val has none of 8",
+        f"data.train: 1 video has more than one label, such as {first} ({label} and {label + 1})",
+        f"data.val: 17 of 17 videos are in data.train, too (17 with another label), such as {first}: accuracy on",
+    ):
+        assert sum(f"WARNING: {told}" in line for line in done.stderr.splitlines()) == 1, done.stderr

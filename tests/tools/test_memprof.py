@@ -193,9 +193,12 @@ def test_the_whole_matrix():
 
 
 @pytest.mark.slow
-def test_measure_prints_one_json_object(motion_videos):
+def test_measure_prints_one_json_object(motion_videos, tmp_path):
+    ds = json.loads((DS_CONFIGS / "zero2.json").read_text())
+    tables = {"enabled": True, "output_path": str(tmp_path / "tables")}
+    (tmp_path / "ds.json").write_text(json.dumps(ds | {"csv_monitor": tables}))
     done = memprof("measure", "--model", "vit_micro", "--micro-batch", "4", "--ranks", "2", "--json", "--ds_config",
-                   DS_CONFIGS / "zero2.json", "--feed", "--gpus", "2xH100", "model.image_size=48", "data.stride=1",
+                   tmp_path / "ds.json", "--feed", "--gpus", "2xH100", "model.image_size=48", "data.stride=1",
                    f"data.train={motion_videos}")  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -204,6 +207,7 @@ def test_measure_prints_one_json_object(motion_videos):
     assert result["measured_by"] == "tensor storages"
     assert result["residual_bytes"] == result["measured_peak_bytes"] - result["compared_bytes"]
     assert abs(result["residual_bytes"]) < 0.02 * result["measured_peak_bytes"]
+    assert not (tmp_path / "tables").exists()  # no monitor hears of it
     fed = result["feed"]
     assert fed["gpu"] == "H100"
     assert fed["cores"] == math.ceil(fed["wanted_clips_per_s"] / fed["clips_per_s_per_core"])

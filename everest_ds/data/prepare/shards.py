@@ -22,7 +22,7 @@ from everest_ds.config.errors import UserError
 from everest_ds.config.progress import CountLine
 from everest_ds.data.decode import one_line
 from everest_ds.data.manifest import LARGEST_LABEL, UNLISTABLE, Entry, can_list, format_manifest, is_video
-from everest_ds.data.members import Member, filesystem, is_url
+from everest_ds.data.members import Member, filesystem, is_url, key_twice
 from everest_ds.data.prepare.folder import Record, WorkFolder, status_of
 from everest_ds.data.prepare.sources import Source
 
@@ -144,8 +144,8 @@ def index(shards: Sequence[str], *, below: Path) -> list[Entry]:
         below: absolute path of a folder; the paths of shards in it are made relative to it.
 
     Raises:
-        UserError: a shard can't be read or isn't a plain tar file, it holds no video, a label is no number, or some
-            videos have labels and others don't.
+        UserError: a shard can't be read or isn't a plain tar file, it holds no video, a key is in it twice, a label
+            is no number, or some videos have labels and others don't.
     """
     entries = [entry for shard in shards for entry in _index_one(shard, below)]
     labelled = sum(entry.label is not None for entry in entries)
@@ -160,6 +160,7 @@ def _index_one(shard: str, below: Path) -> list[Entry]:
     name = name.removeprefix(f"{below}/")
     members: list[tuple[str, Member]] = []
     labels: dict[str, int] = {}
+    seen: set[tuple[str, str]] = set()
     try:
         with _opened(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             split = _webdataset("tariterators").base_plus_ext
@@ -167,6 +168,9 @@ def _index_one(shard: str, below: Path) -> list[Entry]:
                 key, extension = split(info.name)
                 if key is None or not info.isreg():
                     continue
+                if (key, extension.lower()) in seen:
+                    raise UserError(key_twice(shard, info.name))
+                seen.add((key, extension.lower()))
                 if extension.lower() == _LABEL:
                     labels[key] = _label(tar, info, shard)
                 elif is_video(info.name):

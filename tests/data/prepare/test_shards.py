@@ -228,6 +228,23 @@ class TestAnybodys:
         found = truth_of(read_manifest(tmp_path / "x.csv"))
         assert all(np.array_equal(a, b) for a, b in zip(found, truth_of(videos[:3]), strict=True))
 
+    @pytest.mark.parametrize("twice", ["clip.mp4", "clip.cls", "clip.MP4"])
+    def test_a_key_twice(self, videos: list[Entry], tmp_path: Path, twice: str) -> None:
+        """Labels go by keys: the first video would get the last one's."""
+        video = Path(videos[0].path).read_bytes()
+        members = [("clip.mp4", video), ("clip.cls", b"0"), ("other.mp4", video), ("other.cls", b"1"), (twice, b"2")]
+        with tarfile.open(tmp_path / "x.tar", "w") as tar:
+            for name, content in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        told = rf"^{tmp_path}/x\.tar holds the key 'clip' twice \({twice}\), and labels go by keys; write it anew with "
+        with pytest.raises(UserError, match=told):
+            index([str(tmp_path / "x.tar")], below=tmp_path)
+        done = run("index", tmp_path / "x.tar", "--out", tmp_path / "x.csv")
+        assert done.returncode == 2
+        assert not (tmp_path / "x.csv").exists()
+
     def test_mistakes(self, videos: list[Entry], tmp_path: Path) -> None:
         def tar(mode: str, **members: bytes) -> list[str]:
             path = tmp_path / f"{len(list(tmp_path.iterdir()))}.tar"
