@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from everest_ds.config.command_line import parser_with_keys
 from everest_ds.config.errors import one_line_errors
 from everest_ds.config.finetuning import FinetuneRecipe
+from everest_ds.config.launcher import follow_launcher
 from everest_ds.config.logs import set_up_logging
 from everest_ds.config.place import take_slurm_task
 
@@ -46,6 +47,7 @@ def main() -> int:
     """Run; the exit code is 0 done, 2 user's mistake."""
     arguments = parse_arguments()
     take_slurm_task()
+    follow_launcher()
     set_up_logging()
     with one_line_errors("evaluate"):
         # Libraries log to stdout, which is for the result.

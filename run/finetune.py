@@ -11,6 +11,7 @@ from everest_ds.config.command_line import training_parser
 from everest_ds.config.ds_config import load_ds_config
 from everest_ds.config.errors import one_line_errors
 from everest_ds.config.finetuning import FinetuneRecipe
+from everest_ds.config.launcher import follow_launcher
 from everest_ds.config.load import read_tree
 from everest_ds.config.logs import set_up_logging
 from everest_ds.config.place import take_slurm_task
@@ -28,6 +29,7 @@ def main() -> int:
     """Run; the exit code is 0 done, 2 user's mistake, 3 bad numbers, 75 stopped after saving."""
     arguments = parse_arguments()
     take_slurm_task()
+    follow_launcher()
     set_up_logging()
     flags = {"train.pretrained": arguments.pretrained, "train.resume": arguments.resume}
     with one_line_errors("finetune"):

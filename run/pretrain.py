@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from everest_ds.config.command_line import training_parser
 from everest_ds.config.ds_config import load_ds_config
 from everest_ds.config.errors import one_line_errors
+from everest_ds.config.launcher import follow_launcher
 from everest_ds.config.load import build, read_tree
 from everest_ds.config.logs import set_up_logging
 from everest_ds.config.place import take_slurm_task
@@ -26,6 +27,7 @@ def main() -> int:
     """Run; the exit code is 0 done, 2 user's mistake, 3 bad numbers, 75 stopped after saving."""
     arguments = parse_arguments()
     take_slurm_task()
+    follow_launcher()
     set_up_logging()
     with one_line_errors("pretrain"):
         recipe = build(Recipe, read_tree(arguments.recipe, arguments.overrides, {"train.resume": arguments.resume}))

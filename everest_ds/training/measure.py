@@ -26,6 +26,7 @@ from everest_ds.config.batches import ACCUMULATION, GLOBAL, MICRO, Batches
 from everest_ds.config.ds_config import zero_stage
 from everest_ds.config.errors import one_line_errors
 from everest_ds.config.finetuning import PHASES, FinetuneRecipe
+from everest_ds.config.launcher import follow_launcher
 from everest_ds.config.load import build
 from everest_ds.config.logs import set_up_logging
 from everest_ds.config.schema import Recipe
@@ -260,6 +261,7 @@ def main(jobs_file: str, out: str) -> None:
 
     The file holds ``jobs`` and ``load_libraries``: whether to run each configuration on a tiny model first.
     """
+    follow_launcher()
     set_up_logging()
     asked = json.loads(Path(jobs_file).read_text(encoding="utf-8"))
     jobs = asked["jobs"]

@@ -1,18 +1,33 @@
-"""SIGTERM and SIGINT: the step ends, the run is saved, the exit code is 75; a second one ends it at once."""
+"""SIGTERM and SIGINT: the step ends, the run is saved, the exit code is 75; a second one ends it at once.
+
+So does a launcher that is gone.
+"""
 
 import os
+import shlex
 import signal
+import sys
 import time
 
-from killing import Running, assert_same_run, checkpoints, pretraining, steps_logged
+import pytest
+from killing import Running, assert_same_run, checkpoints, orphans, pretraining, steps_logged
+from launching import ROOT, launcher
 
 FAR = ("train.save_every_steps=0",)  # only a request saves
+STEPS = 120
 
 
-def test_one_rank_is_asked_and_all_save(motion_videos, tmp_path, two_ranks):
+@pytest.fixture(scope="module")
+def straight(motion_videos, two_ranks, tmp_path_factory):
+    """A run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    two_ranks.succeed(*pretraining(motion_videos, STEPS).command(folder, *FAR))
+    return folder
+
+
+def test_one_rank_is_asked_and_all_save(motion_videos, tmp_path, two_ranks, straight):
     """As schedulers do that signal some processes first; then the same command ends like a straight run."""
-    case = pretraining(motion_videos, 120)
-    two_ranks.succeed(*case.command(tmp_path / "straight", *FAR))
+    case = pretraining(motion_videos, STEPS)
     asked = tmp_path / "asked"
     running = Running(case.command(asked, *FAR), 2, tmp_path / "log.txt")
     try:
@@ -25,10 +40,10 @@ def test_one_rank_is_asked_and_all_save(motion_videos, tmp_path, two_ranks):
     assert "asked to stop" in text
     assert "Traceback" not in text
     (saved,) = checkpoints(asked)
-    assert 5 <= int(saved[5:]) < 120
+    assert 5 <= int(saved[5:]) < STEPS
     assert not (asked / "model.safetensors").exists()
     two_ranks.succeed(*case.command(asked, *FAR))
-    assert_same_run(tmp_path / "straight", asked)
+    assert_same_run(straight, asked)
 
 
 def test_ctrl_c_saves(motion_videos, tmp_path):
@@ -46,6 +61,56 @@ def test_ctrl_c_saves(motion_videos, tmp_path):
     assert 'run/pretrain.py", line' not in text  # the launcher's own trace is not ours to avoid
     assert len(checkpoints(tmp_path)) == 1
     assert (tmp_path / "checkpoints/latest").read_text() == checkpoints(tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("whose", "number"),
+    [
+        ("deepspeed.launcher.runner", signal.SIGTERM),
+        ("deepspeed.launcher.runner", signal.SIGINT),
+        ("deepspeed.launcher.runner", signal.SIGKILL),
+        ("deepspeed.launcher.launch", signal.SIGKILL),
+    ],
+)
+def test_ranks_whose_launcher_is_gone_save_and_end(motion_videos, tmp_path, two_ranks, straight, whose, number):
+    """The first one is the command deepspeed, which asks nobody to stop; the second is its process on each node."""
+    case = pretraining(motion_videos, STEPS)
+    run_dir = tmp_path / "run"
+    running = Running(case.command(run_dir, *FAR), 2, tmp_path / "log.txt")
+    try:
+        assert running.wait_for(lambda: len(steps_logged(run_dir)) >= 2)
+        family = [running.ranks()[0].parent().parent(), running.ranks()[0].parent()]
+        (launching,) = [process for process in family if whose in process.cmdline()]
+        launching.send_signal(number)
+        deadline = time.monotonic() + 30
+        while left := orphans(run_dir):
+            assert time.monotonic() < deadline, f"still there: {left}: {running.text()[-3000:]}"
+            time.sleep(0.1)
+    finally:
+        running.kill()
+    assert "is gone: ending this step, then saving" in running.text()
+    (saved,) = checkpoints(run_dir)
+    assert 5 <= int(saved[5:]) < STEPS
+    two_ranks.succeed(*case.command(run_dir, *FAR))
+    assert_same_run(straight, run_dir)
+
+
+def test_ctrl_c_in_a_pipeline_saves(motion_videos, tmp_path):
+    """Whoever reads what the run prints goes at once."""
+    case = pretraining(motion_videos, 100_000)
+    line = shlex.join([sys.executable, *launcher(2), *case.command(tmp_path, *FAR, "train.log_every_steps=1")])
+    running = Running.__new__(Running)
+    running.begin(["bash", "-c", f"{line} 2>&1 | cat"], 2, tmp_path / "log.txt", ROOT)
+    try:
+        assert running.wait_for(lambda: len(steps_logged(tmp_path)) >= 2)
+        os.killpg(running.process.pid, signal.SIGINT)
+        deadline = time.monotonic() + 60
+        while left := orphans(tmp_path):
+            assert time.monotonic() < deadline, f"still there: {left}: {running.text()[-3000:]}"
+            time.sleep(0.1)
+    finally:
+        running.kill()
+    assert len(checkpoints(tmp_path)) == 1
 
 
 def test_a_second_request_ends_it_at_once(motion_videos, tmp_path):
