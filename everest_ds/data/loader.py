@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, get_worker_info
 
 from everest_ds.config.errors import UserError
+from everest_ds.data import shared_memory
 from everest_ds.data.ahead import batches_ahead, pinned_bytes
 from everest_ds.data.dataset import LOST, NO_TIME, ClipDataset, Failure, Key, ReadingTime, Sample
 from everest_ds.data.randomness import Stream, generator
@@ -132,13 +133,17 @@ def evaluation_batches(videos: int, *, batch: int, rank: int = 0, ranks: int = 1
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Return the samples' views as one batch."""
+    """Return the samples' views as one batch; in a worker, one that is where it is handed over.
+
+    Left to torch, that is done in a thread of its own, and a batch for which there is no room is lost without an error.
+    """
     repeats = torch.tensor([len(sample.clips) for sample in samples])
+    place = torch.Tensor.share_memory_ if get_worker_info() is not None else lambda tensor: tensor
     return Batch(
-        clips=torch.cat([sample.clips for sample in samples]),
-        noise=torch.cat([sample.noise for sample in samples]),
-        labels=torch.tensor([sample.label for sample in samples]).repeat_interleave(repeats),
-        index=torch.tensor([sample.index for sample in samples]).repeat_interleave(repeats),
+        clips=place(torch.cat([sample.clips for sample in samples])),
+        noise=place(torch.cat([sample.noise for sample in samples])),
+        labels=place(torch.tensor([sample.label for sample in samples]).repeat_interleave(repeats)),
+        index=place(torch.tensor([sample.index for sample in samples]).repeat_interleave(repeats)),
         bad=[failure for sample in samples for failure in sample.bad],
         lost=sum(sample.index == LOST for sample in samples),
         seconds=ReadingTime(*map(sum, zip(*(sample.seconds for sample in samples), strict=True))),
@@ -155,18 +160,22 @@ def build_loader(
         batches: keys of each batch, the first the longest; iterated once per iteration of the loader.
         device: the accelerator's name, such as ``cuda``; anything but ``cpu`` makes batches in pinned memory.
         report: told each video that is set aside for hanging or crashing, and why.
+
+    Raises:
+        UserError: /dev/shm has no room for the batches.
     """
     data = dataset.data
     batch_bytes = len(next(iter(batches), ())) * dataset.sample_bytes
-    if device != "cpu":
-        batch_bytes = pinned_bytes(batch_bytes)
+    ahead = batches_ahead(data, batch_bytes if device == "cpu" else pinned_bytes(batch_bytes)) if data.workers else None
+    if ahead:
+        shared_memory.check(data, batch_bytes, ahead)
 
     def start(keys: Iterable[list[Key]]) -> DataLoader[Sample]:
         return DataLoader(
             dataset,
             batch_sampler=keys,
             num_workers=data.workers,
-            prefetch_factor=batches_ahead(data, batch_bytes) if data.workers else None,
+            prefetch_factor=ahead,
             timeout=POLL_S if data.workers else 0,
             collate_fn=collate,
             worker_init_fn=start_worker,

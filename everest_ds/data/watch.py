@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from everest_ds.config.errors import RankError
 from everest_ds.data.dataset import ClipDataset, Key, Sample
 from everest_ds.data.pinning import listen, why_not_pinned
+from everest_ds.data.shared_memory import why_full
 
 if TYPE_CHECKING:
     from everest_ds.data.loader import Batch
@@ -123,9 +124,11 @@ class ClipLoader:
 
         Raises:
             _WorkersLostError: some have hung or died.
-            RankError: batches can't be put into pinned memory.
+            RankError: batches can't be put into pinned memory, or /dev/shm is full.
             RuntimeError: a bug.
         """
+        if full := why_full(error):
+            raise RankError(full) from error
         unpinned = why_not_pinned(workers, error)
         if unpinned or isinstance(error, OSError | EOFError):
             time.sleep(POLL_S)  # a killed process closes its connections before it counts as dead

@@ -64,7 +64,7 @@ def test_ctrl_c_saves(motion_videos, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("whose", "number"),
+    "end",
     [
         ("deepspeed.launcher.runner", signal.SIGTERM),
         ("deepspeed.launcher.runner", signal.SIGINT),
@@ -72,8 +72,9 @@ def test_ctrl_c_saves(motion_videos, tmp_path):
         ("deepspeed.launcher.launch", signal.SIGKILL),
     ],
 )
-def test_ranks_whose_launcher_is_gone_save_and_end(motion_videos, tmp_path, two_ranks, straight, whose, number):
+def test_ranks_whose_launcher_is_gone_save_and_end(motion_videos, tmp_path, two_ranks, straight, end):
     """The first one is the command deepspeed, which asks nobody to stop; the second is its process on each node."""
+    whose, number = end
     case = pretraining(motion_videos, STEPS)
     run_dir = tmp_path / "run"
     running = Running(case.command(run_dir, *FAR), 2, tmp_path / "log.txt")

@@ -5,13 +5,15 @@ import json
 import os
 import re
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from killing import Running, assert_same_run, checkpoints, pretraining, steps_logged
-from launching import metrics
+from killing import Case, Running, assert_same_run, checkpoints, pretraining, steps_logged
+from launching import ROOT, metrics
 from video_files import silent_server
 
 MANY = "train.keep_last=0"
@@ -118,3 +120,47 @@ def test_the_newest_checkpoint_is_damaged(motion_videos, tmp_path, two_ranks):
     assert "continuing " + str(tmp_path / "run/checkpoints/step-00000003") in done.stderr
     assert_same_run(tmp_path / "straight", tmp_path / "run")
     assert checkpoints(tmp_path / "run") == ["step-00000003", "step-00000006", "step-00000006.replaced-1"]
+
+
+def in_small_shared_memory(size: str, *command: str) -> list[str]:
+    """Let a Python command see a /dev/shm of its own, as a container does."""
+    mount = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$0" "$@"'
+    if subprocess.run(["unshare", "--mount", "sh", "-c", mount, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    return ["unshare", "--mount", "sh", "-c", mount, sys.executable, *command]
+
+
+def start_alone(size: str, case: Case, run_dir: Path) -> Running:
+    running = Running.__new__(Running)
+    command = in_small_shared_memory(size, *case.command(run_dir, "data.workers=2", "data.prefetch=2"))
+    running.begin(command, 1, run_dir.with_suffix(".txt"), ROOT)
+    return running
+
+
+def test_shared_memory_that_is_too_small_is_said_before_the_first_step(motion_videos, tmp_path):
+    """A container has 64 MB of it; here less, for smaller clips."""
+    running = start_alone("1m", pretraining(motion_videos, 100_000), tmp_path / "run")
+    assert running.wait() == 2
+    (line,) = [line for line in running.text().splitlines() if line.startswith("pretrain: error: ")]
+    assert "through /dev/shm, which has 1.0 MiB, and this run takes up to 2.5 MiB (2 workers x 2 batches of" in line
+    assert "--shm-size=1g, lower data.prefetch or train.micro_batch, or set data.workers=0" in line
+    assert "Traceback" not in running.text()
+    assert steps_logged(tmp_path / "run") == []
+
+
+def test_shared_memory_that_fills_later_ends_the_run_in_a_line(motion_videos, tmp_path):
+    running = start_alone("8m", pretraining(motion_videos, 100_000), tmp_path / "run")
+    try:
+        assert running.wait_for(lambda: len(steps_logged(tmp_path / "run")) >= 2)
+        with Path(f"/proc/{running.process.pid}/root/dev/shm/others").open("ab", buffering=0) as others:
+            while running.process.poll() is None:
+                try:
+                    others.write(bytes(4096))
+                except OSError:
+                    time.sleep(0.0005)  # what a batch leaves is taken before the next one comes
+    finally:
+        running.kill()
+    assert running.process.returncode == 2
+    (line,) = [line for line in running.text().splitlines() if line.startswith("pretrain: error: ")]
+    assert "no room is left for a batch in /dev/shm, where 0.0 MiB of 8.0 MiB is free" in line
+    assert "Traceback" not in running.text()

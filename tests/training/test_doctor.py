@@ -376,7 +376,7 @@ def test_little_shared_memory_is_noted(monkeypatch, tmp_path):
     monkeypatch.setattr(host.shutil, "disk_usage", lambda folder: Usage(64 * 2**20))
     found = host.shared_memory(tmp_path)[0]
     assert found.level == "note"
-    assert "0.06 GiB free: 4 workers that prepare 4 batches of 32 clips each take up to 1.1 GiB" in found.says
+    assert "0.06 GiB free: 4 workers that prepare 4 batches of 32 clips each take up to 1.3 GiB" in found.says
     assert "--shm-size" in found.fix
     monkeypatch.setattr(host.shutil, "disk_usage", lambda folder: Usage(2 * 2**30))
     assert host.shared_memory(tmp_path)[0].level == "ok"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from everest_ds.config.schema import DataConfig, ModelConfig
 from everest_ds.data.ahead import batches_ahead
+from everest_ds.data.shared_memory import FOLDER, needed_bytes
 from everest_ds.training.doctor.cgroup import core_limit, memory_limit_bytes
 from everest_ds.training.doctor.findings import Finding
 
@@ -60,7 +61,7 @@ def memory() -> list[Finding]:
     return [Finding(subject="memory", level="note", says=says, fix=fix)]
 
 
-def shared_memory(folder: Path = Path("/dev/shm")) -> list[Finding]:
+def shared_memory(folder: Path = FOLDER) -> list[Finding]:
     """Hold /dev/shm, through which workers hand over batches, against a rank with the default settings."""
     subject, fix = "/dev/shm", "docker run --shm-size=16g (or --ipc=host); else data.workers=0"
     if not folder.is_dir():
@@ -68,7 +69,7 @@ def shared_memory(folder: Path = Path("/dev/shm")) -> list[Finding]:
     model, data = ModelConfig(), DataConfig()
     batch_bytes = _CLIPS_PER_BATCH * 3 * model.frames * model.image_size**2
     ahead = batches_ahead(data, batch_bytes)
-    needed = data.workers * ahead * batch_bytes
+    needed = needed_bytes(data, batch_bytes, ahead)
     free = shutil.disk_usage(folder).free
     if free >= needed:
         return [Finding(subject=subject, says=f"{free / GIB:.1f} GiB free")]
