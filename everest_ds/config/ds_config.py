@@ -110,6 +110,9 @@ def resolve_ds_config(raw: dict[str, Any], recipe: Recipe, facts: Facts) -> tupl
     # Where the section is there, DeepSpeed 0.19 logs, whatever it says.
     if not _section(ds, "comms_logger").get("enabled", False):
         ds.pop("comms_logger", None)
+    throughput = _section(_section(ds, "timers"), "throughput", "timers.")
+    if throughput and throughput.get("enabled", True) and "steps_per_print" not in ds:
+        raise UserError("ds_config timers.throughput: its lines come every steps_per_print steps; give that, too")
     unfilled = list(_autos(ds))
     if unfilled:
         raise UserError(f"ds_config {unfilled[0]}: 'auto' can't be filled here; give a value")

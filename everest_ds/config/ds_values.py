@@ -14,10 +14,15 @@ from everest_ds.config.errors import UserError, shown
 
 # 2**127 is the largest power of two in fp32, in which losses are scaled.
 _LARGEST_SCALE_POWER = 127
+_LARGEST_SCALE = 2**_LARGEST_SCALE_POWER
+
+_LARGEST_WHOLE = 2**63 - 1
+# Elements; the bytes of a larger one don't fit into 64 bits.
+_LARGEST_BUCKET = 2**56
 
 
 class _Rule(NamedTuple):
-    """What a value is expected to be, in words and as a check; ``whole``: of numbers like 5e8, the whole one is kept."""
+    """What a value is expected to be, in words and as a check; ``whole``: a number such as 5e8 becomes a whole one."""
 
     wanted: str
     holds: Callable[[Any], bool]
@@ -38,7 +43,7 @@ def check_plain_values(ds: dict[str, Any]) -> None:
         *sections, last = key.split(".")
         inside = ds
         for depth, section in enumerate(sections, 1):
-            inside = inside.get(section) or {}
+            inside = {} if inside.get(section) is None else inside[section]
             if not isinstance(inside, dict):
                 raise UserError(f"ds_config {'.'.join(sections[:depth])}: expected an object, got {shown(inside)}")
         value = inside.get(last)
@@ -67,9 +72,10 @@ def _are_texts(value: Any) -> bool:
 
 
 _TRUTH = _Rule("true or false", lambda value: isinstance(value, bool))
-_COUNT = _whole("a whole number from 1 on", lambda value: value >= 1)
-_SIZE = _whole("a whole number from 0 on", lambda value: value >= 0)
-_EVEN = _whole("an even number from 2 on", lambda value: value >= 2 and value % 2 == 0)
+_COUNT = _whole("a whole number from 1 to 2**63", lambda value: 1 <= value <= _LARGEST_WHOLE)
+_SIZE = _whole("a whole number from 0 to 2**63", lambda value: 0 <= value <= _LARGEST_WHOLE)
+_BUCKET = _whole("a whole number from 1 to 2**56", lambda value: 1 <= value <= _LARGEST_BUCKET)
+_EVEN = _whole("an even number from 2 to 2**56", lambda value: 2 <= value <= _LARGEST_BUCKET and value % 2 == 0)
 _TEXT = _Rule("a text", lambda value: isinstance(value, str))
 _TEXTS = _Rule("a list of texts", _are_texts)
 _TYPE = _one_of("fp32", "bf16", "fp16")
@@ -80,7 +86,7 @@ _LEAST_SCALE = _whole(
 )
 _SCALE = _Rule(
     f"a number from 0 to 2**{_LARGEST_SCALE_POWER}",
-    lambda value: _is_number(value) and 0 <= value <= 2**_LARGEST_SCALE_POWER,
+    lambda value: _is_number(value) and 0 <= value <= _LARGEST_SCALE,
 )
 _FROM_0 = _Rule("a number from 0 on", lambda value: _is_number(value) and value >= 0)
 _ABOVE_0 = _Rule("a number above 0", lambda value: _is_number(value) and value > 0)
@@ -191,7 +197,7 @@ RULES: dict[str, _Rule | None] = {
     "zero_optimization.overlap_comm": _TRUTH,
     "zero_optimization.override_module_apply": _TRUTH,
     "zero_optimization.parameter_alignment": _TRUTH,
-    "zero_optimization.reduce_bucket_size": _COUNT,
+    "zero_optimization.reduce_bucket_size": _BUCKET,
     "zero_optimization.reduce_scatter": _TRUTH,
     "zero_optimization.round_robin_gradients": _TRUTH,
     "zero_optimization.save_muon_momentum_buffer_in_memory": _TRUTH,

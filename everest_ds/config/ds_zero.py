@@ -1,4 +1,4 @@
-"""What a DeepSpeed JSON asks of ZeRO that its stage, the ranks or the machine can't do: refused before a rank starts."""
+"""What a DeepSpeed JSON asks of ZeRO that its stage, the ranks or the machine can't do: refused before a run."""
 
 from __future__ import annotations
 

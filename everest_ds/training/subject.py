@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from everest_ds.config.ds_config import read_ds_config
 from everest_ds.config.ds_config import precision as precision_of
+from everest_ds.config.ds_config import read_ds_config
 from everest_ds.config.errors import UserError
 from everest_ds.config.finetuning import ClassifierConfig, FinetuneRecipe
 from everest_ds.config.load import build, group, read_tree, to_tree

@@ -87,7 +87,7 @@ def test_every_key_that_deepspeed_looks_for_is_in_a_table():
         assert names - SECTIONS[section] == set(), section
         extra = BEFORE_CONFIG | {"seed"} | set(theirs._REMOVED_TOP_LEVEL_CONFIG_KEYS) if section == "" else set()
         assert SECTIONS[section] - names - extra == set(), section
-    assert BEFORE_CONFIG <= SECTIONS[""]
+    assert SECTIONS[""] >= BEFORE_CONFIG
 
 
 def test_what_deepspeed_has_removed_is_refused():
@@ -180,7 +180,7 @@ def test_keys_that_nothing_reads_are_refused_with_their_file(tmp_path, ds, told)
         ),
         ({"zero_optimization": {"stage": 1, "legacy_stage1": True}}, "legacy_stage1: DeepSpeed 0.19 has no other"),
         ({"optimizer": {"params": {"torch_adam": True}}}, "optimizer.params.torch_adam: optim.implementation=torch"),
-        ({"zero_optimization": {"stage": 2, "allgather_bucket_size": 1001}}, "expected an even number from 2 on"),
+        ({"zero_optimization": {"stage": 2, "allgather_bucket_size": 1001}}, "expected an even number from 2"),
         ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "5e8"}}, "reduce_bucket_size: expected a whole"),
         ({"zero_optimization": {"contiguous_gradients": "false"}}, "contiguous_gradients: expected true or false"),
         ({"fp16": {"initial_scale_power": 10**18}}, "initial_scale_power: expected a whole number from 0 to 127"),
