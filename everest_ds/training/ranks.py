@@ -36,7 +36,7 @@ _SHARED_MEMORY_OP = "deepspeed_shm_comm"
 # A rank may wait this long for another that saves, validates, or reads slow videos. One that died is known at once.
 _PATIENCE = datetime.timedelta(minutes=30)
 # Within this, ranks come to what ends them all.
-_TOGETHER = datetime.timedelta(seconds=10)
+_TOGETHER = datetime.timedelta(seconds=5)
 _LONGEST_REASON = 300
 # What gloo says of a rank that is gone, and of where it was.
 _LOST = ("onnection closed by peer", "onnection reset by peer", "onnection refused", "Broken pipe", "Timed out waiting")
