@@ -1,4 +1,4 @@
-"""Shipped DeepSpeed JSONs with values replaced: DeepSpeed's own reading, and its building of engines, end in one line."""
+"""Shipped DeepSpeed JSONs with values replaced: DeepSpeed's reading and its building of engines end in one line, too."""
 
 from __future__ import annotations
 
