@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from everest_ds.config.batches import AUTO, Batches
+from everest_ds.config.ds_keys import check_keys, todays_keys
+from everest_ds.config.ds_refused import check_refused
 from everest_ds.config.ds_values import check_plain_values
 from everest_ds.config.ds_zero import OFFLOADS, PARTITIONED, check_zero
-from everest_ds.config.errors import UserError, nearest, shown
+from everest_ds.config.errors import UserError, shown
 from everest_ds.config.files import LARGEST_SETTINGS_BYTES, read_bounded
 from everest_ds.config.json_text import parse_json
 from everest_ds.config.schema import OptimConfig, Recipe
+
+log = logging.getLogger(__name__)
 
 # Eight buckets: all but an eighth of the gradients can travel while the backward pass still computes. DeepSpeed's
 # default, 5e8 elements, is larger than most of our models: a gigabyte per rank that is never filled.
@@ -24,7 +28,6 @@ _LARGEST_BUCKET = 100_000_000  # elements; beyond this a larger message is no fa
 _BUCKET_ALIGNMENT = 1024  # elements; DeepSpeed wants its all-gather bucket even
 # Parameters smaller than this stay whole under ZeRO-3: norms and biases, ten times the width (Hugging Face's rule).
 _PERSISTENT_WIDTHS = 10
-_CLOSE_KEY = 0.8
 # Of gathered parameters ZeRO-3 keeps two buckets: one being computed with, one on its way. DeepSpeed's defaults, 1e9
 # elements, keep whatever the forward pass gathers of any of our models for the backward pass.
 _LIVE_BUCKETS = 2
@@ -32,16 +35,8 @@ _LIVE_BUCKETS = 2
 # DeepSpeed's default, 1e9 elements, would be all at once: as much host memory as offload without NVMe takes. A smaller
 # one than 1 MiB isn't swapped.
 _LEAST_SUB_GROUP = 2**18  # fp32 elements
-
-# DeepSpeed ignores a top-level key that it doesn't know, so a typing mistake would train something else unnoticed.
-_TOP_LEVEL_KEYS = """
-activation_checkpointing aio amp autotuning bf16 checkpoint comet comms_logger communication_data_type compile
-compression_training csv_monitor data_efficiency data_types dump_state elasticity flops_profiler fp16
-gradient_accumulation_steps gradient_clipping gradient_predivide_factor load_universal_checkpoint memory_breakdown
-monitor_config optimizer prescale_gradients scheduler seed sparse_gradients steps_per_print tensorboard timers
-torch_autocast train_batch_size train_micro_batch_size_per_gpu wall_clock_breakdown wandb zero_allow_untested_optimizer
-zero_force_ds_cpu_optimizer zero_optimization
-""".split()  # noqa: SIM905
+# As in the official scripts, and in the files of ds_configs/.
+_AUTO_OFF = {"gradient_clipping": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +56,24 @@ class Facts:
 
 
 def load_ds_config(path: str | Path) -> dict[str, Any]:
-    """Read a DeepSpeed JSON.
+    """Read a DeepSpeed JSON to train with. Keys of older versions of DeepSpeed become today's, with a warning.
 
     Raises:
-        UserError: the file is missing, isn't JSON, isn't an object, or has a mistyped top-level key.
+        UserError: the file is missing, isn't JSON, isn't an object, or has a key that nothing reads.
+    """
+    where = f"ds_config {path}"
+    config, old = todays_keys(read_ds_config(path), where)
+    for key, now in old.items():
+        log.warning("%s: %s is an old name; it is read as %s", where, key, now)
+    check_keys(config, where)
+    return config
+
+
+def read_ds_config(path: str | Path) -> dict[str, Any]:
+    """Read a DeepSpeed JSON as it is, such as that of a run by an older version of ours.
+
+    Raises:
+        UserError: the file is missing, isn't JSON, or isn't an object.
     """
     try:
         config = parse_json(read_bounded(path, LARGEST_SETTINGS_BYTES).decode())
@@ -74,10 +83,6 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
         raise UserError(f"ds_config {path}: not a JSON file ({error})") from error
     if not isinstance(config, dict):
         raise UserError(f"ds_config {path}: expected a JSON object, got {type(config).__name__}")
-    for key in config:
-        hint = "" if key in _TOP_LEVEL_KEYS else nearest(key, _TOP_LEVEL_KEYS, cutoff=_CLOSE_KEY)
-        if hint:
-            raise UserError(f"ds_config {path}: unknown key {shown(key)}{hint}")
     return config
 
 
@@ -87,29 +92,32 @@ def resolve_ds_config(raw: dict[str, Any], recipe: Recipe, facts: Facts) -> tupl
     Raises:
         UserError: recipe and JSON contradict each other, or ask for what the machine can't do.
     """
-    ds = copy.deepcopy(raw)
+    ds, _ = todays_keys(raw)
+    check_keys(ds)
+    check_refused(ds, on_cpu=facts.on_cpu)
     check_plain_values(ds)
     batches = Batches.resolve(recipe.train, ds, facts.ranks)
     ds |= batches.as_deepspeed()
-    if "scheduler" in ds:
-        raise UserError("ds_config scheduler: the schedule is the recipe's (optim.*); remove it from the JSON")
+    _fill(ds, _AUTO_OFF)
+    _fill(_section(ds, "data_types"), {"keep_in_fp32_modules": []})
     _fill_precision(ds, facts)
     _fill_optimizer(ds, recipe.optim, batches)
     zero = _section(ds, "zero_optimization")
     _fill(zero, _zero_rules(facts, _stage(zero)))
     for name in OFFLOADS:
-        _fill(_section(zero, name, "zero_optimization."), {"pin_memory": not facts.on_cpu})
-    check_zero(ds, _stage(zero), ranks=facts.ranks, on_cpu=facts.on_cpu)
-    if zero.get("compute_grad_norm") is False:
-        raise UserError(
-            "ds_config zero_optimization.compute_grad_norm: steps that aren't finite would be taken; remove it"
-        )
+        _fill_offload(_section(zero, name, "zero_optimization."), facts)
+    check_zero(ds, _stage(zero), ranks=facts.ranks)
+    # Where the section is there, DeepSpeed 0.19 logs, whatever it says.
+    if not _section(ds, "comms_logger").get("enabled", False):
+        ds.pop("comms_logger", None)
+    throughput = _section(_section(ds, "timers"), "throughput", "timers.")
+    if throughput and throughput.get("enabled", True) and "steps_per_print" not in ds:
+        raise UserError("ds_config timers.throughput: its lines come every steps_per_print steps; give that, too")
     unfilled = list(_autos(ds))
     if unfilled:
         raise UserError(f"ds_config {unfilled[0]}: 'auto' can't be filled here; give a value")
-    # Progress and metrics are ours; DeepSpeed's own line per ten steps says the same again, and the clock behind it
-    # waits for the device twice in every pass (utils/timer.py, ThroughputTimer).
-    ds.setdefault("steps_per_print", 2**31)
+    # Rates are ours; for those of DeepSpeed the host waits for the device twice in every pass (utils/timer.py,
+    # ThroughputTimer).
     ds["timers"] = {"throughput": {"enabled": False}} | _section(ds, "timers")
     return ds, batches
 
@@ -165,6 +173,8 @@ def _optimizer_rules(optim: OptimConfig, batches: Batches) -> dict[str, Any]:
 def _zero_rules(facts: Facts, stage: int) -> dict[str, Any]:
     bucket = bucket_elements(facts)
     return {
+        # Whole weights are what a run leaves in any case.
+        "stage3_gather_16bit_weights_on_model_save": False,
         # At stages 1 and 2 the host waits for the device at the end of a backward pass, so that gradients may travel
         # beside it (stage_1_and_2.py, independent_gradient_partition_epilogue): one rank would wait for nothing. Stage
         # 3 doesn't wait, and brings offloaded parameters to the device on the stream that this makes.
@@ -210,17 +220,17 @@ def _fill(section: dict[str, Any], rules: dict[str, Any]) -> None:
             section[key] = value
 
 
+def _fill_offload(section: dict[str, Any], facts: Facts) -> None:
+    """Fill a section of offload; where it is on, DeepSpeed would pin memory on a CPU, too."""
+    _fill(section, {"device": "none", "pin_memory": not facts.on_cpu})
+    if section.get("device", "none") != "none":
+        section.setdefault("pin_memory", not facts.on_cpu)
+
+
 def _fill_precision(ds: dict[str, Any], facts: Facts) -> None:
     """Resolve bf16 and fp16. "auto" yields to the other one when that is on; if both are "auto", bf16 comes first."""
-    if "bfloat16" in ds:
-        raise UserError("ds_config bfloat16: DeepSpeed calls it bf16 now; rename the section")
     supported = {"bf16": facts.bf16_supported, "fp16": facts.fp16_supported}
     sections = {name: _section(ds, name) for name in supported}
-    for name, section in sections.items():
-        enabled = section.get("enabled", False)
-        # DeepSpeed takes "yes" and 1 for true, too; what goes by the precision here would not.
-        if not isinstance(enabled, bool) and enabled != AUTO:
-            raise UserError(f"ds_config {name}.enabled: expected true, false or 'auto', got {shown(enabled)}")
     asked = {name for name, section in sections.items() if section.get("enabled") is True}
     for name, able in supported.items():
         if sections[name].get("enabled") == AUTO:
@@ -231,10 +241,6 @@ def _fill_precision(ds: dict[str, Any], facts: Facts) -> None:
     for name in asked:
         if not supported[name]:
             raise UserError(f"ds_config {name}: this accelerator does not support it; use another precision")
-    if sections["bf16"].get("check_grad_overflow") is False:
-        raise UserError("ds_config bf16.check_grad_overflow: steps that aren't finite would be taken; remove it")
-    if sections["fp16"].get("auto_cast"):
-        raise UserError("ds_config fp16.auto_cast: would round the noise that selects tokens; remove it")
 
 
 def _stage(zero: dict[str, Any]) -> int:

@@ -1,10 +1,9 @@
-"""What a DeepSpeed JSON asks of ZeRO and of activation checkpointing, and can't have: refused before a rank starts."""
+"""What a DeepSpeed JSON asks of ZeRO that its stage, the ranks or the machine can't do: refused before a run."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,49 +17,12 @@ PARTITIONED = 3  # the stage that cuts the parameters, too
 SWAP_BUFFERS = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Refusal:
-    """A row: a key, the values that are refused, on CPUs alone or everywhere, and why."""
-
-    key: str
-    refused: Callable[[Any], bool]
-    why: str
-    on_cpu_only: bool = False
-
-
-def _given(value: Any) -> bool:
-    return value is not None
-
-
-_MICS = "DeepSpeed 0.19 has no MiCS any more; ds_configs/zero3_hpz.json keeps parameter traffic within a node"
-_KERNELS = "its kernels need CUDA; remove it"
-_ONE_WHOLE_MODEL = (
-    "cuts activations over the ranks that share one model, and here every rank has a whole one; remove it"
-)
-_EMPTIED = "on a CPU DeepSpeed 0.19 empties what it means to keep; remove it: it is on the host anyway"
-_REFUSALS = (
-    _Refusal(key="zero_optimization.mics_shard_size", refused=_given, why=_MICS),
-    _Refusal(key="zero_optimization.mics_hierarchical_params_gather", refused=_given, why=_MICS),
-    _Refusal(key="zero_optimization.zero_quantized_weights", refused=bool, why=_KERNELS, on_cpu_only=True),
-    _Refusal(key="zero_optimization.zero_quantized_nontrainable_weights", refused=bool, why=_KERNELS, on_cpu_only=True),
-    _Refusal(key="zero_optimization.zero_quantized_gradients", refused=bool, why=_KERNELS, on_cpu_only=True),
-    _Refusal(key="activation_checkpointing.cpu_checkpointing", refused=bool, why=_EMPTIED, on_cpu_only=True),
-    _Refusal(key="activation_checkpointing.partition_activations", refused=bool, why=_ONE_WHOLE_MODEL),
-    _Refusal(key="activation_checkpointing.contiguous_memory_optimization", refused=bool, why=_ONE_WHOLE_MODEL),
-)
-
-
-def check_zero(ds: dict[str, Any], stage: int, *, ranks: int, on_cpu: bool) -> None:
-    """Refuse what this stage, these ranks or this machine can't do.
+def check_zero(ds: dict[str, Any], stage: int, *, ranks: int) -> None:
+    """Refuse what this stage and these ranks can't do.
 
     Raises:
         UserError: something is asked for that can't be had.
     """
-    for row in _REFUSALS:
-        section, key = row.key.split(".")
-        value = (ds.get(section) or {}).get(key)
-        if row.refused(value) and (on_cpu or not row.on_cpu_only):
-            raise UserError(f"ds_config {row.key}: {row.why}")
     zero = ds.get("zero_optimization") or {}
     for name, least in OFFLOADS.items():
         _check_offload(zero, name, stage, least)

@@ -17,6 +17,9 @@ _EXIT_INTERRUPTED = 130
 # Ten unreadable videos with their paths and reasons fit; nobody reads more.
 LONGEST_MESSAGE = 4000
 _LONGEST_VALUE = 200
+# What a rank waits that leaves the word to its node's first, which may still be importing: launchers end all ranks
+# where one has ended.
+_SILENT_RANK_S = 5.0
 _CUT = " ... "
 
 
@@ -91,10 +94,11 @@ def one_line_errors(program: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if place.local_rank() == 0 or isinstance(error, RankError):
+        speaks = place.local_rank() == 0 or isinstance(error, RankError)
+        if speaks:
             message = " ".join(str(error).split())
             print(f"{program}: error: {place.speaker()}{message}", file=sys.stderr, flush=True)
-        time.sleep(error.linger_s)
+        time.sleep(error.linger_s if speaks else max(error.linger_s, _SILENT_RANK_S))
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         raise SystemExit(_EXIT_INTERRUPTED) from None

@@ -12,7 +12,7 @@ def set_up_logging() -> None:
     """Warnings as one line each on stderr, with who says it; what all ranks would say, rank 0 alone says."""
     logging.basicConfig(level=logging.WARNING, format=f"{place.speaker()}%(levelname)s: %(message)s")
     if place.rank():
-        for name in ("everest_ds.training", "everest_ds.data.ahead"):
+        for name in ("everest_ds.config", "everest_ds.training", "everest_ds.data.ahead"):
             logging.getLogger(name).setLevel(logging.ERROR)
         # Each rank may be the only one that writes to its file.
         logging.getLogger("everest_ds.training.files").setLevel(logging.WARNING)

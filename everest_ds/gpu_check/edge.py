@@ -16,8 +16,8 @@ from everest_ds.gpu_check.cases import Asked, Case, NotHereError, Values, WrongE
 from everest_ds.gpu_check.settings import EDGE, EDGE_TINY, Setting, edge_capacity_bytes
 from everest_ds.memory import meters
 from everest_ds.training import ranks
+from everest_ds.training.exhaustion import is_out_of_memory
 from everest_ds.training.measure import Run
-from everest_ds.training.out_of_memory import is_out_of_memory
 
 _STEPS = 3
 # The search goes in steps of this share of the batch.

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import weakref
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -20,17 +21,17 @@ from torch import nn
 from everest_ds.config.batches import GLOBAL, Batches
 from everest_ds.config.ds_config import Facts, resolve_ds_config, zero_stage
 from everest_ds.config.ds_zero import check_nvme_paths, nvme_paths
-from everest_ds.config.errors import UserError, shortened
+from everest_ds.config.errors import UserError
 from everest_ds.config.schema import Recipe
 from everest_ds.models import MaskedAutoencoder, VideoClassifier, build_network
 from everest_ds.models.parameter_groups import parameter_groups
 from everest_ds.training import ranks
+from everest_ds.training.deepspeed_errors import check_monitor_packages, in_one_line, reason_of
+from everest_ds.training.deepspeed_output import show_what_is_asked
 from everest_ds.training.ops import missing_compiler, op_obstacle
 from everest_ds.training.optim import build_optimizer
 
 log = logging.getLogger(__name__)
-# DeepSpeed repeats the value that it refuses.
-_LONGEST_REASON = 400
 _ASYNC_IO = "AsyncIOBuilder"
 
 
@@ -83,8 +84,7 @@ def check_ds_config(ds: dict[str, Any]) -> None:
         # Without the global batch: it is solved already, and DeepSpeed knows of one rank until the group exists.
         deepspeed.DeepSpeedConfig({key: value for key, value in ds.items() if key != GLOBAL})
     except Exception as error:  # DeepSpeed raises pydantic's, its own and plain assertion errors alike
-        reason = shortened(" ".join(str(error).split()), _LONGEST_REASON)
-        raise UserError(f"ds_config: DeepSpeed refuses it: {reason}") from error
+        raise UserError(f"ds_config: DeepSpeed refuses it: {reason_of(error)}") from error
 
 
 def resolve(raw: dict[str, Any], recipe: Recipe, model: nn.Module) -> tuple[dict[str, Any], Batches]:
@@ -110,25 +110,30 @@ def _check_compile(recipe: Recipe, stage: int) -> None:
         raise UserError("train.compile: under ZeRO-3 every step would be compiled anew, for minutes; use stage 2")
 
 
-def initialise(model: nn.Module, recipe: Recipe, ds_config: dict[str, Any]) -> Built:
-    """Turn a model, a recipe and a resolved DeepSpeed configuration into a running engine.
+def initialise(model: nn.Module, recipe: Recipe, ds_config: dict[str, Any], *, traces: Path | None = None) -> Built:
+    """Turn a model, a recipe and a resolved DeepSpeed configuration into a running engine; a collective call.
+
+    Args:
+        model: as :func:`build_model` makes it.
+        recipe: of the run.
+        ds_config: the resolved one.
+        traces: the file that the trace of an error of DeepSpeed's is added to; None: none.
 
     Raises:
-        UserError: the optimizer asked for can't be had here.
+        UserError: the optimizer asked for can't be had here, a monitor's package is missing, or DeepSpeed refuses.
     """
     ds = copy.deepcopy(ds_config)
+    check_monitor_packages(ds)
     swap_folders = _own_swap_folders(ds)
-    deepspeed.checkpointing.configure(None, deepspeed_config=ds)
     optimizer, line = build_optimizer(model, recipe.optim, ds)
     parameters = None if optimizer else parameter_groups(model, recipe.optim.weight_decay, recipe.optim.layer_decay)
-    try:
+    show_what_is_asked(ds, building=True)
+    with in_one_line(traces):
+        deepspeed.checkpointing.configure(None, deepspeed_config=ds)
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, model_parameters=parameters, config=ds, dist_init_required=False
         )
-    except (AssertionError, AttributeError, TypeError, ValueError) as error:
-        if optimizer is not None:
-            raise
-        raise UserError(f"ds_config optimizer: DeepSpeed can't build {ds['optimizer']} ({error})") from error
+    show_what_is_asked(ds, building=False)
     for folder in swap_folders:
         weakref.finalize(engine, shutil.rmtree, folder, ignore_errors=True)
     if not engine.zero_optimization():

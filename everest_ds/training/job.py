@@ -26,7 +26,9 @@ from everest_ds.training import checkpoint_files, ranks
 from everest_ds.training.average import Average, build_average
 from everest_ds.training.bad_steps import BadSteps
 from everest_ds.training.checkpoint import FRESH, Checkpoints, Resumed
+from everest_ds.training.deepspeed_output import summarise_messages
 from everest_ds.training.engine import Built, initialise, resolve, searches_scale
+from everest_ds.training.exhaustion import is_out_of_memory
 from everest_ds.training.export import export_weights
 from everest_ds.training.files import Lines
 from everest_ds.training.loop import EXIT_RESTART_ME, Training, train
@@ -34,7 +36,7 @@ from everest_ds.training.metrics import MetricsFile
 from everest_ds.training.micro_batch import fill_micro_batch
 from everest_ds.training.monitors import Monitors, placed
 from everest_ds.training.objectives import objective_for
-from everest_ds.training.out_of_memory import explained, is_out_of_memory
+from everest_ds.training.out_of_memory import explained
 from everest_ds.training.preemption import StopRequest
 from everest_ds.training.resume import keep_global_batch, saved_batch
 from everest_ds.training.run_dir import RunDir, environment
@@ -155,12 +157,13 @@ def check_same_view(job: Job) -> None:
 
 def _train(job: Job, stop: StopRequest) -> int:
     run_dir = RunDir(Path(job.recipe.train.output_dir))
-    built = initialise(job.model, job.recipe, placed(job.ds_config, run_dir.path))
+    built = initialise(job.model, job.recipe, placed(job.ds_config, run_dir.path), traces=run_dir.traces)
     average = build_average(built.engine.module, job.recipe)
     checkpoints = Checkpoints(built.engine, run_dir, average, ds_config=job.ds_config, global_batch=job.batches.total)
     resumed = checkpoints.load(job.source) if job.source else FRESH
     training = assemble(job, built, average, checkpoints, resumed)
     code = train(training, stop)
+    summarise_messages(job.ds_config)
     if code:
         return code
     if ranks.is_main():

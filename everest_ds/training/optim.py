@@ -13,13 +13,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from everest_ds.config.ds_config import offloads_optimizer
+from everest_ds.config.ds_keys import ADAM_TYPES
 from everest_ds.config.errors import UserError
 from everest_ds.config.schema import OptimConfig
 from everest_ds.models.parameter_groups import parameter_groups
 from everest_ds.training.obstacle import Obstacle
 from everest_ds.training.ops import op_obstacle
-
-_ADAM_TYPES = ("adam", "adamw")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +114,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, ds: dict[str, Any]) ->
         The optimizer (None: DeepSpeed builds its own) and one line saying which was chosen and why.
     """
     section = ds.get("optimizer")
-    if section is not None and str(section.get("type", "AdamW")).lower() not in _ADAM_TYPES:
+    if section is not None and str(section.get("type", "AdamW")).lower() not in ADAM_TYPES:
         return None, f"optimizer: {section['type']}, built by DeepSpeed as its JSON asks"
     options: dict[str, Any] = {"lr": 0.0, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
     if section is not None:

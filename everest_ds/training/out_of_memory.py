@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from everest_ds.config.batches import Batches
 from everest_ds.config.errors import RankError
 from everest_ds.config.schema import Recipe
@@ -14,17 +12,6 @@ from everest_ds.memory.gpus import gib
 from everest_ds.memory.plan import plan
 from everest_ds.training import ranks
 from everest_ds.training.micro_batch import fit_command
-
-# How allocators and libraries say it that don't raise torch.OutOfMemoryError: torch's CPU allocator (c10/core/impl/
-# alloc_cpu.cpp), CUDA's driver, cuBLAS.
-_SIGNS = ("DefaultCPUAllocator: ", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an error means that memory was asked for and not there."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 def explained(recipe: Recipe, ds_config: dict[str, Any], batches: Batches, *, was_auto: bool) -> RankError:

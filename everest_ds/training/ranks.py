@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
+import itertools
 import os
 import re
 import socket
@@ -16,6 +17,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from torch.distributed import distributed_c10d
 
 from everest_ds.config.errors import RankError, UserError, shortened
 from everest_ds.config.place import (
@@ -33,12 +35,15 @@ from everest_ds.training.ops import own_ninja_first
 _SHARED_MEMORY_OP = "deepspeed_shm_comm"
 # A rank may wait this long for another that saves, validates, or reads slow videos. One that died is known at once.
 _PATIENCE = datetime.timedelta(minutes=30)
+# Within this, ranks come to what ends them all.
+_TOGETHER = datetime.timedelta(seconds=5)
 _LONGEST_REASON = 300
 # What gloo says of a rank that is gone, and of where it was.
 _LOST = ("onnection closed by peer", "onnection reset by peer", "onnection refused", "Broken pipe", "Timed out waiting")
 _PEER = re.compile(r"\[([0-9a-fA-F.:]+)\]:\d+")
 
 _control: Any = None
+_endings = itertools.count()  # a process that is used again may meet several
 _nodes: list[tuple[str, str]] = []  # of each rank: its host and its address
 
 
@@ -101,7 +106,7 @@ def naming_the_lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not _lost_contact(error):
+        if not lost_contact(error):
             raise
         if not _nodes:
             reason = shortened(str(error), _LONGEST_REASON)
@@ -109,6 +114,25 @@ def naming_the_lost() -> Iterator[None]:
         if place := _elsewhere(str(error)):
             raise LostNodeError(f"lost contact with {place}, which has ended") from error
         raise LostRankError("lost contact with another rank, which has ended") from error
+
+
+def all_end() -> bool:
+    """Say whether what ends this rank ends the others, too; for a rank that ends, and needs no answer of the others.
+
+    The store is what a rank may give up waiting at: a collective that one is missing from keeps a process from ending.
+    """
+    if not dist.is_initialized():
+        return True
+    store, keys = (
+        distributed_c10d._get_default_store(),
+        [f"everest_ds/ended/{number}" for number in range(world_size())],
+    )
+    try:
+        store.set(keys[rank()], "")
+        store.wait(keys, _TOGETHER)
+    except RuntimeError:  # not in time, or the rank that keeps the store has ended
+        return False
+    return True
 
 
 def any_rank(flag: bool) -> bool:
@@ -164,7 +188,8 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def _lost_contact(error: BaseException) -> bool:
+def lost_contact(error: BaseException) -> bool:
+    """Say whether an error of torch's means that another rank is gone."""
     text = str(error)
     if "out of memory" in text:  # NCCL's own, which is a DistError
         return False

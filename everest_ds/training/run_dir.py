@@ -69,6 +69,11 @@ class RunDir:
         return self.path / "quarantine.jsonl"
 
     @property
+    def traces(self) -> Path:
+        """What DeepSpeed raised while the engine was built, with its traces, where it did."""
+        return self.path / "deepspeed_errors.log"
+
+    @property
     def weights(self) -> Path:
         """The weights at the run's end, for everything that isn't training."""
         return self.path / WEIGHTS_FILE

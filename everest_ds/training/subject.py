@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from everest_ds.config.ds_config import load_ds_config
 from everest_ds.config.ds_config import precision as precision_of
+from everest_ds.config.ds_config import read_ds_config
 from everest_ds.config.errors import UserError
 from everest_ds.config.finetuning import ClassifierConfig, FinetuneRecipe
 from everest_ds.config.load import build, group, read_tree, to_tree
@@ -167,7 +167,7 @@ def choose_precision(request: Request) -> str:
     run = RunDir(request.source)
     asked = request.precision
     if asked == "auto":
-        asked = precision_of(load_ds_config(run.ds_config)) if run.ds_config.is_file() else "fp32"
+        asked = precision_of(read_ds_config(run.ds_config)) if run.ds_config.is_file() else "fp32"
     accelerator = get_accelerator()
     supported = {"bf16": accelerator.is_bf16_supported, "fp16": accelerator.is_fp16_supported}
     if asked == "fp32" or supported[asked]():

@@ -1,16 +1,20 @@
-"""Shipped DeepSpeed JSONs with one value replaced: DeepSpeed's own reading ends in one line, too."""
+"""Shipped DeepSpeed JSONs with values replaced: DeepSpeed's reading and building of engines end in one line, too."""
 
 from __future__ import annotations
 
 import copy
+import json
+import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fuzzed_settings import DS_KEYS, refused, result_or_line
-from launching import DS_CONFIGS
+from launching import DS_CONFIGS, run
 
 from everest_ds.config.ds_config import load_ds_config
-from everest_ds.config.load import load_recipe
+from everest_ds.config.ds_values import RULES
+from everest_ds.config.load import load_recipe, to_tree
 from everest_ds.models import MaskedAutoencoder
 from everest_ds.training.engine import build_model, resolve
 
@@ -55,3 +59,58 @@ def test_stages_that_are_none(model: MaskedAutoencoder, stage: Any) -> None:
 @pytest.mark.parametrize("section", [[], "yes", 3, [[1]]])
 def test_sections_that_are_none(model: MaskedAutoencoder, section: Any) -> None:
     refused(lambda: resolve({"zero_optimization": section}, RECIPE, model), "ds_config zero_optimization")
+
+
+# What keys may well have, by chance at the right one.
+PLAUSIBLE = [
+    True,
+    False,
+    0,
+    1,
+    2,
+    3,
+    64,
+    1000,
+    10**18,
+    0.5,
+    1e-320,
+    1e300,
+    "bf16",
+    "fp32",
+    "fp16",
+    "cpu",
+    "none",
+    "info",
+]
+PLAUSIBLE += ["auto", ["norm"], ["torch.nn.Linear"], [], {}, {"enabled": True}, "0/x", "\0", "Lion", "SGD", "AdamW"]
+BUILT = {"zero0": 40, "zero1": 40, "zero2": 40, "zero2_offload": 6, "zero3": 10, "zero3_offload": 4}
+# Of DeepSpeed's, slow or for good: they build ops, write lines beyond number, or reach for a network.
+LEFT_ALONE = ("wandb", "comet", "dump_state", "log_level", "memory_breakdown")
+
+
+def test_what_is_taken_builds_an_engine_or_ends_in_one_line(model: MaskedAutoencoder, tmp_path: Path) -> None:
+    """A step of training each, in one process: no trace, no hang."""
+    configs = [ds for shipped, count in BUILT.items() for ds in taken(model, shipped, count)]
+    (tmp_path / "jobs.json").write_text(json.dumps({"recipe": to_tree(RECIPE), "ds_configs": configs}))
+    done = run("tests/resilience/build_engines.py", tmp_path / "jobs.json", tmp_path / "found.json", timeout_s=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    for ds, (how, said) in zip(configs, found, strict=True):
+        assert how in ("built", "refused"), f"{ds}: {said}"
+        assert len(said) < 600, said
+        assert "\n" not in said
+    assert sum(how == "built" for how, _ in found) > len(found) / 2
+
+
+def taken(model: MaskedAutoencoder, shipped: str, count: int) -> list[dict[str, Any]]:
+    """Return variants of a shipped JSON that :func:`resolve` takes: one or two values are others."""
+    draw, found = random.Random(shipped), []
+    raw = load_ds_config(DS_CONFIGS / f"{shipped}.json")
+    keys = [key for key in sorted({*DS_KEYS, *RULES}) if not key.startswith(LEFT_ALONE)]
+    while len(found) < count:
+        ds = raw
+        for _ in range(draw.choice((1, 2, 2))):
+            ds = replaced(ds, draw.choice(keys), draw.choice(VALUES + PLAUSIBLE))
+        if ds != raw and not isinstance(result_or_line(lambda ds=ds: resolve(ds, RECIPE, model)), str):
+            found.append(ds)
+    return found

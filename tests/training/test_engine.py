@@ -32,8 +32,9 @@ def test_runs_on_one_nvme_have_folders_of_their_own(monkeypatch, tmp_path):
         ({}, False),
         ({"wall_clock_breakdown": True}, False),
         ({"timers": None}, False),
-        ({"timers": {"throughput": {"enabled": True}}}, True),
-        ({"timers": {"throughput": {"synchronized": False}}}, True),
+        ({"timers": {"throughput": {"enabled": False}}}, False),
+        ({"timers": {"throughput": {"enabled": True}}, "steps_per_print": 10}, True),
+        ({"timers": {"throughput": {"synchronized": False}}, "steps_per_print": 10}, True),
     ],
 )
 def test_deepspeeds_throughput_timer_runs_where_the_json_asks_for_it(asked, runs):
