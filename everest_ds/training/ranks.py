@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
-import itertools
 import os
 import re
 import socket
@@ -43,7 +42,6 @@ _LOST = ("onnection closed by peer", "onnection reset by peer", "onnection refus
 _PEER = re.compile(r"\[([0-9a-fA-F.:]+)\]:\d+")
 
 _control: Any = None
-_endings = itertools.count()  # a process that is used again may meet several
 _nodes: list[tuple[str, str]] = []  # of each rank: its host and its address
 
 
@@ -123,10 +121,8 @@ def all_end() -> bool:
     """
     if not dist.is_initialized():
         return True
-    store, keys = (
-        distributed_c10d._get_default_store(),
-        [f"everest_ds/ended/{number}" for number in range(world_size())],
-    )
+    store = distributed_c10d._get_default_store()
+    keys = [f"everest_ds/ended/{number}" for number in range(world_size())]
     try:
         store.set(keys[rank()], "")
         store.wait(keys, _TOGETHER)
