@@ -1,4 +1,4 @@
-"""Shipped DeepSpeed JSONs with values replaced: DeepSpeed's reading and its building of engines end in one line, too."""
+"""Shipped DeepSpeed JSONs with values replaced: DeepSpeed's reading and building of engines end in one line, too."""
 
 from __future__ import annotations
 
@@ -108,9 +108,9 @@ def taken(model: MaskedAutoencoder, shipped: str, count: int) -> list[dict[str, 
     raw = load_ds_config(DS_CONFIGS / f"{shipped}.json")
     keys = [key for key in sorted({*DS_KEYS, *RULES}) if not key.startswith(LEFT_ALONE)]
     while len(found) < count:
-        ds = raw
+        ds = raw | {"bf16": {"enabled": draw.random() < 0.5}}
         for _ in range(draw.choice((1, 2, 2))):
             ds = replaced(ds, draw.choice(keys), draw.choice(VALUES + PLAUSIBLE))
-        if ds != raw and not isinstance(result_or_line(lambda ds=ds: resolve(ds, RECIPE, model)), str):
+        if not isinstance(result_or_line(lambda ds=ds: resolve(ds, RECIPE, model)), str):
             found.append(ds)
     return found
