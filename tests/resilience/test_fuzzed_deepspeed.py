@@ -108,9 +108,9 @@ def taken(model: MaskedAutoencoder, shipped: str, count: int) -> list[dict[str, 
     raw = load_ds_config(DS_CONFIGS / f"{shipped}.json")
     keys = [key for key in sorted({*DS_KEYS, *RULES}) if not key.startswith(LEFT_ALONE)]
     while len(found) < count:
-        ds = raw
+        ds = raw | {"bf16": {"enabled": draw.random() < 0.5}}
         for _ in range(draw.choice((1, 2, 2))):
             ds = replaced(ds, draw.choice(keys), draw.choice(VALUES + PLAUSIBLE))
-        if ds != raw and not isinstance(result_or_line(lambda ds=ds: resolve(ds, RECIPE, model)), str):
+        if not isinstance(result_or_line(lambda ds=ds: resolve(ds, RECIPE, model)), str):
             found.append(ds)
     return found
