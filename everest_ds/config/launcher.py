@@ -12,11 +12,10 @@ from pathlib import PurePath
 import psutil
 
 _LOOK_EVERY_S = 1.0
-# DeepSpeed's process on each node; who started that (the deepspeed command, or a shell of ssh's) waits for it, too.
-_ON_EACH_NODE = "deepspeed.launcher.launch"
-# All that start ranks and wait for them: DeepSpeed, torchrun, SLURM, Open MPI, MPICH. A shell may end before them.
+# What starts ranks and waits for them: DeepSpeed (the command, and its process on each node), torchrun, SLURM, Open MPI
+# and MPICH. Not shells: one may end long before what it has started.
 _LAUNCHERS = {
-    _ON_EACH_NODE,
+    *("deepspeed", "ds", "deepspeed.launcher.runner", "deepspeed.launcher.launch"),
     *("torchrun", "torch.distributed.run", "torch.distributed.launch", "slurmstepd:"),
     *("mpirun", "mpiexec", "orterun", "orted", "prterun", "prted", "hydra_pmi_proxy"),
 }
@@ -44,15 +43,12 @@ def when_gone(tell: Callable[[str], None] | None) -> None:
     _tell = tell
 
 
-def _launchers(process: psutil.Process) -> list[psutil.Process]:
-    """Return the processes that started this one and wait for it, nearest first."""
-    found: list[psutil.Process] = []
+def _launchers(process: psutil.Process) -> list[tuple[psutil.Process, str]]:
+    """Return the processes that started this one and wait for it, nearest first, and what to call them."""
+    found: list[tuple[psutil.Process, str]] = []
     try:
-        while parent := process.parent():
-            below_deepspeed = found and _ON_EACH_NODE in " ".join(process.cmdline())
-            if not (below_deepspeed or _is_launcher(parent)):
-                break
-            found.append(parent)
+        while (parent := process.parent()) and _is_launcher(parent):
+            found.append((parent, f"process {parent.pid} ({parent.name()})"))
             process = parent
     except psutil.Error:
         pass  # it is gone, or another user's
@@ -60,13 +56,19 @@ def _launchers(process: psutil.Process) -> list[psutil.Process]:
 
 
 def _is_launcher(process: psutil.Process) -> bool:
-    words = " ".join(process.cmdline()[:_FIRST_WORDS]).split()[:_FIRST_WORDS]
-    return any(PurePath(word).name in _LAUNCHERS for word in words)
+    # A program may set its own line, as slurmstepd does: one word with blanks.
+    line = " ".join(process.cmdline()[:_FIRST_WORDS]).split()
+    if not line:
+        return False
+    if PurePath(line[0]).name in _LAUNCHERS:
+        return True
+    # Python's script, or the module after -m.
+    script = next((word for word in line[1:] if not word.startswith("-")), "")
+    return PurePath(line[0]).name.startswith("python") and PurePath(script).name in _LAUNCHERS
 
 
-def _follow(chain: list[psutil.Process]) -> None:
-    named = [(process, f"process {process.pid} ({process.name()})") for process in chain]
-    while not (gone := _gone(named)):
+def _follow(chain: list[tuple[psutil.Process, str]]) -> None:
+    while not (gone := _gone(chain)):
         time.sleep(_LOOK_EVERY_S)
     if _tell is None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -74,14 +76,16 @@ def _follow(chain: list[psutil.Process]) -> None:
         _tell(gone)
 
 
-def _gone(named: list[tuple[psutil.Process, str]]) -> str:
+def _gone(chain: list[tuple[psutil.Process, str]]) -> str:
     """Name the process that is gone. What it has started gets another parent at once, while it may be a zombie yet."""
     parent = os.getppid()
-    for process, name in named:
+    for process, name in chain:
         if parent != process.pid:
             return name
         try:
             parent = process.ppid()
         except psutil.NoSuchProcess:
             return name
+        except (psutil.Error, OSError):
+            break  # nothing can be told now
     return ""

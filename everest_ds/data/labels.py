@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from everest_ds.config.errors import shortened
 from everest_ds.data.manifest import Entry
+from everest_ds.data.members import is_url
 
 _LONGEST_LIST = 200  # characters
 
@@ -47,7 +48,7 @@ def _by_video(entries: Sequence[Entry]) -> tuple[dict[str, int], dict[str, list[
         if entry.label is None:
             continue
         # Of text: to look where links lead takes minutes on shared storage.
-        path = os.path.abspath(entry.path)  # noqa: PTH100
+        path = entry.path if is_url(entry.path) else os.path.abspath(entry.path)  # noqa: PTH100
         if first.setdefault(path, entry.label) != entry.label:
             several.setdefault(path, [first[path]]).append(entry.label)
     return first, several

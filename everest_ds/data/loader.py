@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler, get_worker_info
 
 from everest_ds.config.errors import UserError
+from everest_ds.config.schema import DataConfig
 from everest_ds.data import shared_memory
 from everest_ds.data.ahead import batches_ahead, pinned_bytes
 from everest_ds.data.dataset import LOST, NO_TIME, ClipDataset, Failure, Key, ReadingTime, Sample
@@ -150,8 +151,27 @@ def collate(samples: list[Sample]) -> Batch:
     )
 
 
+def handed_over_bytes(dataset: ClipDataset, samples: int, device: str) -> int:
+    """Return what /dev/shm must have room for, for a rank's loader of batches of so many samples."""
+    data, batch_bytes = dataset.data, samples * dataset.sample_bytes
+    if not data.workers:
+        return 0
+    # For a GPU, torch takes batches from there as they come.
+    ahead = _ahead(data, batch_bytes, device) if device == "cpu" else 1
+    return shared_memory.needed_bytes(data.workers, batch_bytes, ahead)
+
+
+def _ahead(data: DataConfig, batch_bytes: int, device: str) -> int:
+    return batches_ahead(data, batch_bytes if device == "cpu" else pinned_bytes(batch_bytes))
+
+
 def build_loader(
-    dataset: ClipDataset, batches: Iterable[list[Key]], *, device: str = "cpu", report: Report | None = None
+    dataset: ClipDataset,
+    batches: Iterable[list[Key]],
+    *,
+    device: str = "cpu",
+    report: Report | None = None,
+    beside_bytes: int = 0,
 ) -> ClipLoader:
     """Return the loader of one rank over all of ``batches`` (a :class:`StepSampler`: one iterator across epochs).
 
@@ -160,22 +180,21 @@ def build_loader(
         batches: keys of each batch, the first the longest; iterated once per iteration of the loader.
         device: the accelerator's name, such as ``cuda``; anything but ``cpu`` makes batches in pinned memory.
         report: told each video that is set aside for hanging or crashing, and why.
+        beside_bytes: of /dev/shm, for another loader while this one is there (:func:`handed_over_bytes`).
 
     Raises:
         UserError: /dev/shm has no room for the batches.
     """
     data = dataset.data
-    batch_bytes = len(next(iter(batches), ())) * dataset.sample_bytes
-    ahead = batches_ahead(data, batch_bytes if device == "cpu" else pinned_bytes(batch_bytes)) if data.workers else None
-    if ahead:
-        shared_memory.check(data, batch_bytes, ahead)
+    samples = len(next(iter(batches), ()))
+    shared_memory.check(handed_over_bytes(dataset, samples, device) + beside_bytes)
 
     def start(keys: Iterable[list[Key]]) -> DataLoader[Sample]:
         return DataLoader(
             dataset,
             batch_sampler=keys,
             num_workers=data.workers,
-            prefetch_factor=ahead,
+            prefetch_factor=_ahead(data, samples * dataset.sample_bytes, device) if data.workers else None,
             timeout=POLL_S if data.workers else 0,
             collate_fn=collate,
             worker_init_fn=start_worker,

@@ -19,7 +19,7 @@ from everest_ds.config.errors import RankError, UserError
 from everest_ds.config.finetuning import FinetuneRecipe
 from everest_ds.config.schema import Recipe
 from everest_ds.data.dataset import ClipDataset
-from everest_ds.data.loader import BadSamples, StepSampler, build_loader
+from everest_ds.data.loader import BadSamples, StepSampler, build_loader, handed_over_bytes
 from everest_ds.data.to_device import DeviceBatches
 from everest_ds.models import MaskedAutoencoder, VideoClassifier
 from everest_ds.training import checkpoint_files, ranks
@@ -225,6 +225,7 @@ def assemble(job: Job, built: Built, average: Average | None, checkpoints: Check
         samples,
         device=built.engine.device.type,
         report=lambda video, reason: quarantine.append({"video": video, "reason": reason}),
+        beside_bytes=validation_bytes(job, built.engine.device.type),
     )
     return Training(
         engine=built.engine,
@@ -284,6 +285,14 @@ def build_validation(
         from_step=done,
         monitors=monitors,
     )
+
+
+def validation_bytes(job: Job, device: str) -> int:
+    """Return what validations take of /dev/shm while batches to train on are there."""
+    recipe = job.recipe
+    if job.validation is None or not (isinstance(recipe, FinetuneRecipe) and recipe.train.validate_every_epochs):
+        return 0
+    return handed_over_bytes(job.validation, job.batches.micro, device)
 
 
 def announce(job: Job, built: Built, done: int) -> None:

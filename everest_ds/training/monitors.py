@@ -26,7 +26,7 @@ def placed(ds: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     found = dict(ds)
     for name in _IN_FILES:
         if section := ds.get(name):
-            folder = (run_dir / (section.get("output_path") or name)).absolute()
+            folder = (run_dir / Path(section.get("output_path") or name).expanduser()).absolute()
             found[name] = {"job_name": run_dir.resolve().name, **section, "output_path": str(folder)}
     if section := ds.get("comet"):
         # DeepSpeed leaves out what comes sooner after the last; ours come every train.log_every_steps already.

@@ -45,7 +45,7 @@ class StopRequest:
             self._written.setblocking(False)
             self._wakeup_before = signal.set_wakeup_fd(self._written.fileno(), warn_on_full_buffer=False)
             self._before = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
-            self._siblings = _siblings()
+            self._siblings = _ranks_here()
             launcher.when_gone(self._tell_gone)
             threading.Thread(target=self._watch, name="stop-request", daemon=True).start()
         return self
@@ -70,7 +70,8 @@ class StopRequest:
             first = self._wait(_SIGNALS_AND_LAUNCHER)
             if not first:
                 return
-            self.asked, since, complete = True, time.monotonic(), time.monotonic()
+            self.asked, complete = True, time.monotonic()
+            since = time.monotonic()
             _drop_closed_outputs()
             if ranks.is_main():
                 os.write(2, f"{self._said(first)}\n".encode())
@@ -88,6 +89,8 @@ class StopRequest:
                     continue
                 if not number:
                     return
+                if first == _LAUNCHER_GONE:
+                    first, since = number, time.monotonic()
                 if time.monotonic() - since > _SAME_REQUEST_S:
                     os._exit(128 + number)
 
@@ -104,16 +107,20 @@ class StopRequest:
         return 0
 
     def _all_here(self) -> bool:
-        """Say whether all the ranks of this node are running."""
-        return sum(map(_runs, self._siblings)) >= ranks.local_world_size()
+        """Say whether all the ranks of this node are running, as far as can be told."""
+        return not self._siblings or sum(map(_runs, self._siblings)) >= ranks.local_world_size()
 
 
-def _siblings() -> list[psutil.Process]:
-    """Return what this process's parent has started: once that is gone, nothing else tells."""
+def _ranks_here() -> list[psutil.Process]:
+    """Return what this process's parent has started: once that is gone, nothing else tells.
+
+    Nothing where that isn't all the ranks of this node: it can't be seen from a container's first process, say.
+    """
     try:
-        return psutil.Process(os.getppid()).children()
+        found = psutil.Process(os.getppid()).children()
     except psutil.Error:
         return []
+    return found if len(found) >= ranks.local_world_size() else []
 
 
 def _runs(process: psutil.Process) -> bool:
@@ -131,5 +138,6 @@ def _drop_closed_outputs() -> None:
     for descriptor, event in outputs.poll(0):
         if event & (select.POLLERR | select.POLLHUP | select.POLLNVAL):
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)
+            if nowhere != descriptor:
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)

@@ -6,12 +6,16 @@ So does a launcher that is gone.
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from killing import Running, assert_same_run, checkpoints, orphans, pretraining, steps_logged
 from launching import ROOT, launcher
+
+from everest_ds.training.preemption import StopRequest
 
 FAR = ("train.save_every_steps=0",)  # only a request saves
 STEPS = 120
@@ -132,3 +136,23 @@ def test_a_second_request_ends_it_at_once(motion_videos, tmp_path):
     finally:
         running.kill()
     assert checkpoints(tmp_path) == []
+
+
+@pytest.mark.parametrize("parent", [0, os.getppid()])
+def test_ranks_that_can_not_be_seen_are_not_taken_for_gone(monkeypatch, parent):
+    """The first process of a container sees no parent; a parent may have started something else than ranks."""
+    monkeypatch.setattr(os, "getppid", lambda: parent)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    with StopRequest() as stop:
+        assert stop._all_here()
+
+
+def test_a_rank_that_is_gone_is_missed(monkeypatch):
+    sleeping = subprocess.Popen(["sleep", "60"])
+    monkeypatch.setattr(os, "getppid", os.getpid)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(len(psutil.Process().children())))
+    with StopRequest() as stop:
+        assert stop._all_here()
+        sleeping.kill()
+        sleeping.wait()
+        assert not stop._all_here()

@@ -142,7 +142,7 @@ def test_shared_memory_that_is_too_small_is_said_before_the_first_step(motion_vi
     running = start_alone("1m", pretraining(motion_videos, 100_000), tmp_path / "run")
     assert running.wait() == 2
     (line,) = [line for line in running.text().splitlines() if line.startswith("pretrain: error: ")]
-    assert "through /dev/shm, which has 1.0 MiB, and this run takes up to 2.5 MiB (2 workers x 2 batches of" in line
+    assert "through /dev/shm, which has 1.0 MiB, and this run takes up to 2.5 MiB by" in line
     assert "--shm-size=1g, lower data.prefetch or train.micro_batch, or set data.workers=0" in line
     assert "Traceback" not in running.text()
     assert steps_logged(tmp_path / "run") == []

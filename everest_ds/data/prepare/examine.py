@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from everest_ds.config.schema import DataConfig, ModelConfig
-from everest_ds.data.decode import NOT_A_VIDEO, REWRITE_IT, DecodeError, decode, one_line
+from everest_ds.data.decode import LARGEST_PICTURE, NOT_A_VIDEO, REWRITE_IT, DecodeError, decode, one_line
 from everest_ds.data.prepare.sequential import ONE_THREAD, UPRIGHT, Orientation, laid, opened, upright
 from everest_ds.data.randomness import Stream, generator
 from everest_ds.data.sampling import Segments, frame_ids
@@ -91,6 +91,8 @@ def examine(path: str, decoder: str = "decord") -> Examined:
         with opened(path) as video:
             found = Examined(**dataclasses.asdict(video.facts))
             given = _given(path, decoder)
+            if given.refused and video.facts.width * video.facts.height > LARGEST_PICTURE:
+                raise DecodeError(path, given.refused)
             # From start to end: what comes through is whole, and can be rewritten.
             truth = _truth(video.frames(), given.asked)
         if truth is None:

@@ -168,12 +168,15 @@ def _index_one(shard: str, below: Path) -> list[Entry]:
                 key, extension = split(info.name)
                 if key is None or not info.isreg():
                     continue
+                is_label = extension.lower() == _LABEL
+                if not is_label and not is_video(info.name):
+                    continue
                 if (key, extension.lower()) in seen:
                     raise UserError(key_twice(shard, info.name))
                 seen.add((key, extension.lower()))
-                if extension.lower() == _LABEL:
+                if is_label:
                     labels[key] = _label(tar, info, shard)
-                elif is_video(info.name):
+                else:
                     members.append((key, Member(shard=name, start=info.offset_data, size=info.size, name=info.name)))
             _check_end(file, tar, shard)
     except tarfile.TarError as error:

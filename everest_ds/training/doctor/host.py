@@ -69,7 +69,7 @@ def shared_memory(folder: Path = FOLDER) -> list[Finding]:
     model, data = ModelConfig(), DataConfig()
     batch_bytes = _CLIPS_PER_BATCH * 3 * model.frames * model.image_size**2
     ahead = batches_ahead(data, batch_bytes)
-    needed = needed_bytes(data, batch_bytes, ahead)
+    needed = needed_bytes(data.workers, batch_bytes, ahead)
     free = shutil.disk_usage(folder).free
     if free >= needed:
         return [Finding(subject=subject, says=f"{free / GIB:.1f} GiB free")]

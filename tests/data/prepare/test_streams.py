@@ -122,7 +122,8 @@ class TestTheBestStreamIsTheVideo:
         found = examine(str(path), decoder)
         assert (found.codec, found.frames, found.height, found.width) == ("h264", 30, 48, 64)
         # A reader may not manage to open such a file: then a copy helps.
-        assert found.reason is None or (found.rewrite_helps and decoder == "torchcodec")
+        refused = "torchcodec has no decoder for its codec"
+        assert found.reason is None or (found.rewrite_helps and found.reason.startswith(refused))
 
     def test_of_a_copy(self, tmp_path: Path, write: Callable[[Path], Path]) -> None:
         copy = tmp_path / "copy.mp4"
