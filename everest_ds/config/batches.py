@@ -52,6 +52,11 @@ class Batches:
             micro = total // ((accumulation or 1) * ranks)
         if accumulation is None:
             accumulation = total // (micro * ranks) if micro else 0
+        if micro and not accumulation:
+            raise UserError(
+                f"batch: {ranks} ranks with a micro-batch of {micro} take {micro * ranks} clips in one pass, more than "
+                f"the global batch of {total}; change {GLOBAL}, train.global_batch, train.micro_batch or the ranks"
+            )
         if micro * accumulation * ranks != total or not total:
             raise UserError(
                 f"batch: global batch {total} is not micro-batch {micro} x accumulation {accumulation} x ranks {ranks} "

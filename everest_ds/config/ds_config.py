@@ -247,7 +247,7 @@ def _stage(zero: dict[str, Any]) -> int:
     stage = zero.get("stage", 0)
     if stage == AUTO:
         raise UserError("ds_config zero_optimization.stage: 'auto' can't be filled here; give a value")
-    if not isinstance(stage, int) or isinstance(stage, bool):
+    if type(stage) is not int or stage not in range(4):
         raise UserError(f"ds_config zero_optimization.stage: expected 0, 1, 2 or 3, got {shown(stage)}")
     return stage
 

@@ -21,6 +21,8 @@ _OTHER_NAMES = {
     "max_grad_norm": "gradient_clipping",
     "fp32_allreduce": "communication_data_type",
     "thread_count": "aio.intra_op_parallelism",
+    "learning_rate": "lr",
+    "output_dir": "output_path",
 }
 # Of zero_optimization: DeepSpeed takes these names, too; the planner knows one of each.
 _SAME = {
@@ -119,6 +121,8 @@ def _told(section: str, name: str) -> str:
     if name in _OTHER_NAMES:
         return f"{shown(name)}{there}: DeepSpeed calls it '{_OTHER_NAMES[name]}'"
     places = sorted(place for place, names in SECTIONS.items() if name in names)
+    if name in _SAME | _SWITCHES:
+        places = ["zero_optimization"]
     if places == [""]:
         return f"{shown(name)} belongs to the top level, not into '{section}'"
     if places:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from everest_ds.config.batches import AUTO
 from everest_ds.config.errors import UserError
 
 
@@ -15,7 +16,8 @@ def _given(value: Any) -> bool:
 
 def _asked_for(value: Any) -> bool:
     """Whether a section or switch asks for anything: ``{"enabled": false}``, as many files have it, doesn't."""
-    return bool(value.get("enabled", value) if isinstance(value, dict) else value)
+    asked = value.get("enabled", value) if isinstance(value, dict) else value
+    return bool(asked) and asked != AUTO
 
 
 def _unless(*allowed: Any) -> Callable[[Any], bool]:

@@ -125,7 +125,7 @@ def count_classes(entries: Iterable[Entry]) -> int:
     return 1 + max((entry.label for entry in entries if entry.label is not None), default=-1)
 
 
-def check_labels(entries: Iterable[Entry], classes: int, *, key: str) -> None:
+def check_labels(entries: Sequence[Entry], classes: int, *, key: str) -> None:
     """Check that every video has a label that a classifier of so many classes knows.
 
     Args:
@@ -144,9 +144,12 @@ def check_labels(entries: Iterable[Entry], classes: int, *, key: str) -> None:
                 "write lines 'path,label' in the manifest"
             )
         if not 0 <= label < classes:
+            hint = f"or train a head of more classes (model.classes={label + 1}, train.new_head=true)"
+            if label == classes and all(entry.label for entry in entries):
+                hint = "whose labels seem to count from 1: they must count from 0"
             raise UserError(
-                f"{key}: {path} has label {label}, but the classifier knows classes {known}; correct the manifest, or "
-                f"train a head of more classes (model.classes={label + 1}, train.new_head=true)"
+                f"{key}: {path} has label {label}, but the classifier knows classes {known}; "
+                f"correct the manifest, {hint}"
             )
 
 

@@ -7,6 +7,7 @@ holds between steps and does within one (states.py, step*.py), and stated overhe
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +17,8 @@ import torch
 
 from everest_ds.config.batches import Batches
 from everest_ds.config.ds_config import Facts, resolve_ds_config
-from everest_ds.config.errors import UserError
+from everest_ds.config.ds_keys import ADAM_TYPES
+from everest_ds.config.errors import UserError, shown
 from everest_ds.config.finetuning import ClassifierConfig, FinetuneRecipe
 from everest_ds.config.load import to_tree
 from everest_ds.config.schema import ModelConfig, Recipe
@@ -29,6 +31,8 @@ from everest_ds.memory.step_zero3 import StepZero3
 from everest_ds.memory.step_zero12 import StepZero12
 from everest_ds.memory.timeline import Curve
 from everest_ds.memory.trace import StepTrace, TraceSpec, count_parameters, trace_one_clip, trace_step
+
+log = logging.getLogger(__name__)
 
 _STEPS: dict[int, type[Step]] = {0: Step, 1: StepZero12, 2: StepZero12, 3: StepZero3}
 _LARGEST_BATCH = 1 << 20
@@ -191,6 +195,7 @@ def plan(
         raise UserError(f"world size: must be positive, got {ranks}")
     facts = facts_for(recipe, ranks, device_type)
     ds, batches = resolve_ds_config(ds_config, recipe, facts)
+    _warn_of_other_optimizers(ds)
     setting = ZeroSetting.read(ds, ranks=ranks, on_cpu=device_type == "cpu")
     trace = trace_step(
         TraceSpec.of(
@@ -217,6 +222,14 @@ def plan(
         step=_STEPS[setting.stage],
         ranks_looked_at=tuple(_ranks_to_look_at(setting)) if rank is None else (rank,),
     )
+
+
+def _warn_of_other_optimizers(ds: dict[str, Any]) -> None:
+    kind = (ds.get("optimizer") or {}).get("type", ADAM_TYPES[0])
+    if str(kind).lower() not in ADAM_TYPES:
+        log.warning(
+            "ds_config optimizer.type: what %s keeps isn't known here; Adam's two moments are counted", shown(kind)
+        )
 
 
 def name_of(model: ModelConfig) -> str:

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 # torch's file while it builds. A process that is killed leaves it behind, and every later one waits for ever.
 _LOCK = "lock"
+# What ninja says when a signal ends it: no word against the op.
+_INTERRUPTED = "interrupted by user"
 _WHAT_IS_MISSING = {"async_io": ("no libaio with its headers", "apt-get install libaio-dev")}
 
 
@@ -118,13 +120,16 @@ def _failure_to_load(builder: Any, name: str) -> Obstacle | None:
         headers = f", headers from {os.environ[ADDED]}" if ADDED in os.environ else ""
         said = "building DeepSpeed's %s, once: minutes, and every rank waits (%s%s)"
         log.warning(said, builder.name, folder.parent, headers)
-    if (lock := folder / _LOCK).exists():
+    # Newer versions of torch lock the file itself, which then always lies there.
+    if hasattr(cpp_extension, "FileBaton") and (lock := folder / _LOCK).exists():
         log.warning(
             "waiting for another process to build %s; if none does (it was killed), delete %s", builder.name, lock
         )
     try:
         builder.load(verbose=False)
     except Exception as error:
+        if _INTERRUPTED in str(error):
+            raise KeyboardInterrupt from error
         return remember(folder, f"DeepSpeed's {name} did not build", error)
     forget(folder)
     return None

@@ -111,6 +111,8 @@ def test_bf16_auto_is_off_on_a_cpu():
         ({"bfloat16": {"enabled": True}}, [], GPU, "rename the section"),
         ({"fp16": {"enabled": True, "auto_cast": True}}, [], GPU, "fp16.auto_cast"),
         ({"zero_optimization": {"stage": "two"}}, [], GPU, "stage: expected 0, 1, 2 or 3, got 'two'"),
+        ({"zero_optimization": {"stage": 4}}, [], GPU, "stage: expected 0, 1, 2 or 3, got 4"),
+        ({"zero_optimization": {"stage": -1}}, [], GPU, "stage: expected 0, 1, 2 or 3, got -1"),
         ({"scheduler": {"type": "WarmupLR"}}, [], GPU, "the schedule is the recipe's"),
         ({"zero_optimization": {"stage": "auto"}}, [], GPU, "zero_optimization.stage: 'auto' can't be filled"),
         (

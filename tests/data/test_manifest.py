@@ -43,6 +43,14 @@ def test_formats(tmp_path: Path, text: str | bytes, expected: list[tuple[str, in
     assert read(tmp_path, text) == [Entry(*pair) for pair in expected]
 
 
+def test_labels_that_count_from_1_are_told_so() -> None:
+    entries = [Entry(f"/x/{label}.mp4", label) for label in range(1, 9)]
+    with pytest.raises(UserError, match=r"8\.mp4 has label 8, .* whose labels seem to count from 1: they must count"):
+        check_labels(entries, 8, key="data.val")
+    with pytest.raises(UserError, match="or train a head of more classes"):
+        check_labels([Entry("/x/0.mp4", 0), *entries], 8, key="data.val")
+
+
 def test_a_trailing_number_is_a_label_unless_another_line_has_none(tmp_path: Path) -> None:
     assert read(tmp_path, "take 1\ntake 2\n") == [Entry("/r/take", 1), Entry("/r/take", 2)]
     assert read(tmp_path, "take 1\nb.mp4\n") == [Entry("/r/take 1", None), Entry("/r/b.mp4", None)]

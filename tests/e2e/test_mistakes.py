@@ -77,7 +77,7 @@ def test_mistakes_that_need_a_manifest(pretrain, motion_videos, tmp_path):
     assert_one_line(pretrain(*good, ds=fp16), "bf16 and fp16 are both enabled")
     refused = tmp_path / "refused.json"
     refused.write_text(json.dumps({"zero_optimization": {"stage": 7}}))
-    assert_one_line(pretrain(*good, ds=refused), "DeepSpeed refuses it")
+    assert_one_line(pretrain(*good, ds=refused), "stage: expected 0, 1, 2 or 3, got 7")
     assert_one_line(pretrain(*good, "train.global_batch=1000"), "64 videos are fewer than the 1000")
     assert_one_line(pretrain(*good, "--resume", str(tmp_path)), "not a run directory")
     below_a_file = tmp_path / "fp16.json" / "run"
@@ -94,7 +94,7 @@ def test_mistakes_that_need_a_manifest(pretrain, motion_videos, tmp_path):
     auto = (*good, "train.micro_batch=auto")
     assert_one_line(pretrain(*auto, "train.global_batch=null"), "train.micro_batch=auto: give train.global_batch")
     assert_one_line(pretrain(*auto, "train.capacity=A100"), "train.capacity: 'A100' is neither a size")
-    assert_one_line(pretrain(*auto, ds=refused), "DeepSpeed refuses it")
+    assert_one_line(pretrain(*auto, ds=refused), "stage: expected 0, 1, 2 or 3, got 7")
     assert_one_line(pretrain(*auto, "train.capacity=9MiB"), "even one clip does not fit")
 
 

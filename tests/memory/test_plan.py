@@ -171,8 +171,10 @@ def test_a_classifier_needs_its_classes():
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused():
-    with pytest.raises(UserError, match="global batch 30 is not micro-batch"):
+    with pytest.raises(UserError, match="take 32 clips in one pass, more than the global batch of 30"):
         make("train.global_batch=30")
+    with pytest.raises(UserError, match="global batch 40 is not micro-batch 4 x accumulation 1 x ranks 8 = 32"):
+        make("train.global_batch=40")
     with pytest.raises(UserError, match="world size"):
         make(ranks=0)
 

@@ -2,11 +2,14 @@
 
 import json
 import os
+import signal
 import subprocess
+import sys
+import time
 
 import pytest
 from deepspeed.accelerator import get_accelerator
-from launching import run
+from launching import ROOT, environment, run
 
 from everest_ds.training import failed_builds
 
@@ -51,6 +54,21 @@ def test_a_build_that_failed_is_not_tried_again_until_its_file_is_deleted(tmp_pa
     file.unlink()
     lines()
     assert len(attempts.read_text()) > len(tried)
+
+
+def test_a_build_that_a_signal_ends_is_no_word_against_the_op(tmp_path):
+    """Ctrl-C reaches the compilers, too: the run ends, and the next one builds."""
+    folder = tmp_path / "ops/fused_adam"
+    script = "import signal; [signal.signal(n, lambda *_: None) for n in (signal.SIGINT, signal.SIGTERM)]" + TRY
+    variables = environment() | {"TORCH_EXTENSIONS_DIR": str(folder.parent)}
+    process = subprocess.Popen([sys.executable, "-c", script], env=variables, cwd=ROOT, start_new_session=True)
+    while not (folder / "build.ninja").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(1)  # ninja has begun
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60)
+    assert not (folder / "failed.json").exists()
 
 
 @pytest.fixture
