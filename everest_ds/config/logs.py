@@ -6,10 +6,15 @@ import logging
 import warnings
 
 from everest_ds.config import place
+from everest_ds.config.outputs import outlive_readers
 
 
 def set_up_logging() -> None:
-    """Warnings as one line each on stderr, with who says it; what all ranks would say, rank 0 alone says."""
+    """Warnings as one line each on stderr, with who says it; what all ranks would say, rank 0 alone says.
+
+    What is printed is no reason to end once nobody reads it.
+    """
+    outlive_readers()
     logging.basicConfig(level=logging.WARNING, format=f"{place.speaker()}%(levelname)s: %(message)s")
     if place.rank():
         for name in ("everest_ds.config", "everest_ds.training", "everest_ds.data.ahead"):

@@ -37,7 +37,7 @@ EXIT_BAD_NUMBERS = 3
 EXIT_RESTART_ME = 75
 _ENDINGS = {
     EXIT_BAD_NUMBERS: "loss or gradients are not finite; this state was not saved, the last checkpoint is untouched",
-    EXIT_RESTART_ME: "asked to stop, or out of time (train.max_minutes); saved, continue with --resume auto",
+    EXIT_RESTART_ME: "asked to stop (or its launcher is gone), or out of time; saved, continue with --resume auto",
 }
 
 

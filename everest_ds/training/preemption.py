@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import socket
 import threading
@@ -54,7 +53,7 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._before:
-            launcher.when_gone(None)
+            launcher.when_gone(lambda _: None)  # the run is over, and ends by itself
             for number, handler in self._before.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not of Python's making
             signal.set_wakeup_fd(self._wakeup_before)
@@ -72,15 +71,14 @@ class StopRequest:
                 return
             self.asked, complete = True, time.monotonic()
             since = time.monotonic()
-            _drop_closed_outputs()
             if ranks.is_main():
-                os.write(2, f"{self._said(first)}\n".encode())
+                with contextlib.suppress(OSError):  # nobody reads it
+                    os.write(2, f"{self._said(first)}\n".encode())
             self._read.settimeout(_LOOK_EVERY_S)
             while True:
                 try:
                     number = self._wait(_SIGNALS)
                 except TimeoutError:
-                    _drop_closed_outputs()
                     # A step that a rank has left is never ended: on a GPU it would be waited for, and the launcher
                     # gives each rank in turn half a minute.
                     complete = time.monotonic() if self._all_here() else complete
@@ -128,16 +126,3 @@ def _runs(process: psutil.Process) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
-
-
-def _drop_closed_outputs() -> None:
-    """Let what is printed go nowhere where nobody reads it any more, as after Ctrl-C in ``deepspeed ... | tee log``."""
-    outputs = select.poll()
-    for descriptor in (1, 2):
-        outputs.register(descriptor, 0)
-    for descriptor, event in outputs.poll(0):
-        if event & (select.POLLERR | select.POLLHUP | select.POLLNVAL):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            if nowhere != descriptor:
-                os.dup2(nowhere, descriptor)
-                os.close(nowhere)

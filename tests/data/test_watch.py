@@ -87,10 +87,12 @@ def test_without_a_limit_nothing_is_set_aside(videos, monkeypatch):
 
 
 def test_killed_workers_are_replaced_and_nothing_changes(videos, caplog):
-    sampler = StepSampler(12, seed=3, micro_batch=4, last_step=12)
-    expected = list(build_loader(make(videos, workers=0), sampler))
+    # One epoch: in two of them, both workers may die over the same video at once.
+    once = [entry for entry in videos for _ in range(4)]
+    sampler = StepSampler(48, seed=3, micro_batch=4, last_step=12)
+    expected = list(build_loader(make(once, workers=0), sampler))
     found = []
-    for number, batch in enumerate(build_loader(make(videos), sampler)):
+    for number, batch in enumerate(build_loader(make(once), sampler)):
         found.append(batch)
         if number in (2, 7):
             for worker in decoding_processes():
