@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -67,6 +68,14 @@ def test_ctrl_c_saves(motion_videos, tmp_path):
     assert (tmp_path / "checkpoints/latest").read_text() == checkpoints(tmp_path)[0]
 
 
+def wait_until_nothing_is_left(run_dir: Path, running: Running, *, within_s: float) -> None:
+    """Wait for the end of all processes of a run, whatever has become of its launcher."""
+    deadline = time.monotonic() + within_s
+    while left := orphans(run_dir):
+        assert time.monotonic() < deadline, f"still there: {left}: {running.text()[-3000:]}"
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize(
     "end",
     [
@@ -87,10 +96,7 @@ def test_ranks_whose_launcher_is_gone_save_and_end(motion_videos, tmp_path, two_
         family = [running.ranks()[0].parent().parent(), running.ranks()[0].parent()]
         (launching,) = [process for process in family if whose in process.cmdline()]
         launching.send_signal(number)
-        deadline = time.monotonic() + 30
-        while left := orphans(run_dir):
-            assert time.monotonic() < deadline, f"still there: {left}: {running.text()[-3000:]}"
-            time.sleep(0.1)
+        wait_until_nothing_is_left(run_dir, running, within_s=30)
     finally:
         running.kill()
     # Said by the first rank, if it has noticed before another one has stopped all.
@@ -111,10 +117,7 @@ def test_ctrl_c_in_a_pipeline_saves(motion_videos, tmp_path):
     try:
         assert running.wait_for(lambda: len(steps_logged(tmp_path)) >= 2)
         os.killpg(running.process.pid, signal.SIGINT)
-        deadline = time.monotonic() + 60
-        while left := orphans(tmp_path):
-            assert time.monotonic() < deadline, f"still there: {left}: {running.text()[-3000:]}"
-            time.sleep(0.1)
+        wait_until_nothing_is_left(tmp_path, running, within_s=60)
     finally:
         running.kill()
     assert len(checkpoints(tmp_path)) == 1
