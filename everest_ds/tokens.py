@@ -58,6 +58,11 @@ class TokenBudget:
         return self.slots * self.per_slot
 
     @property
+    def candidate_total(self) -> int:
+        """All tokens of the candidate slots."""
+        return self.candidate_slots * self.per_slot
+
+    @property
     def kept(self) -> int:
         """Tokens that the decoder sees."""
         return self.visible + self.reconstructed

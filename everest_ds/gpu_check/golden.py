@@ -24,8 +24,8 @@ from everest_ds.config.finetuning import ClassifierConfig
 from everest_ds.config.schema import ModelConfig
 from everest_ds.config.sizes import SIZES, Size
 from everest_ds.models import MaskedAutoencoder, VideoClassifier
-from everest_ds.models.patches import normalise, patchify
-from everest_ds.models.selection import importance
+from everest_ds.models.importance import importance, scoring_dtype
+from everest_ds.models.patches import patchify
 from everest_ds.models.weights import from_official
 
 FOLDER = Path(os.environ.get("PARITY_DIR") or Path(__file__).resolve().parents[2] / "tests/golden")
@@ -160,8 +160,8 @@ def _load(model: nn.Module, golden: Tensors, device: str, dtype: torch.dtype) ->
 
 def _importance(model: MaskedAutoencoder, clips: Tensor, slots: int) -> Tensor:
     embed = model.encoder.patch_embed
-    pixels = normalise(patchify(clips, *model.encoder.cut), torch.float32)
-    return importance(F.linear(pixels, embed.weight.float(), embed.bias.float()), slots)
+    dtype = scoring_dtype(embed.weight.dtype, embed.device_type)
+    return importance(patchify(clips, *model.encoder.cut), embed.weight, slots, dtype)
 
 
 def _gradients(model: nn.Module, golden: Tensors) -> float:

@@ -170,7 +170,7 @@ def _waits(setting: Setting, asked: Asked) -> Values:
 
 
 def _choosing(setting: Setting, asked: Asked) -> Values:
-    """The share of a step that embedding all tokens, scoring and choosing takes, timed alone."""
+    """The share of a step that cutting, scoring, choosing and embedding the visible tokens takes, timed alone."""
     run = _started(setting, asked)
     step_s = min(timed(run.step) for _ in range(_STEPS))
     model = run.built.engine.module
@@ -180,7 +180,7 @@ def _choosing(setting: Setting, asked: Asked) -> Values:
     @torch.no_grad()
     def choose() -> None:
         patches = patchify(clips, *model.encoder.cut)
-        model.encoder.patch_embed(patches, lambda embedded: model.selector.choose(embedded, noise, model.budget))
+        model.encoder.patch_embed(patches, lambda scores: model.selector.choose(scores, noise, model.budget))
 
     choose()
     seconds = min(timed(choose) for _ in range(_STEPS))

@@ -2,7 +2,7 @@
 
 from everest_ds.models.autoencoder import MaskedAutoencoder, Reconstruction
 from everest_ds.models.classifier import VideoClassifier
-from everest_ds.models.flops import forward_backward_macs, forward_macs
+from everest_ds.models.flops import done_macs, forward_backward_macs, forward_macs
 from everest_ds.models.registry import build_network, create_model
 from everest_ds.models.weights import load_pretrained
 
@@ -12,6 +12,7 @@ __all__ = [
     "VideoClassifier",
     "build_network",
     "create_model",
+    "done_macs",
     "forward_backward_macs",
     "forward_macs",
     "load_pretrained",

@@ -48,10 +48,10 @@ class PretrainEncoder(Encoder):
         self.norm = norm(config.row.width)
 
     def forward(
-        self, clips: Tensor, select: Select, precise: bool, select_frames: SelectFrames | None = None
+        self, clips: Tensor, select: Select, scored: bool, select_frames: SelectFrames | None = None
     ) -> VisibleTokens:
         """As :meth:`Encoder.forward`, normed."""
-        encoded = super().forward(clips, select, precise, select_frames)
+        encoded = super().forward(clips, select, scored, select_frames)
         return encoded._replace(tokens=self.norm(encoded.tokens))
 
 
@@ -88,7 +88,7 @@ class MaskedAutoencoder(nn.Module):
 
     Args:
         config: the model settings.
-        device_type: where it will run; decides what ``attention=auto`` means.
+        device_type: where it will run; decides what ``attention=auto`` means and in what precision tokens are scored.
         checkpoint: activation-checkpointing function; None means torch's.
     """
 
@@ -126,11 +126,11 @@ class MaskedAutoencoder(nn.Module):
         if noise is None:
             noise = torch.rand(len(clips), self.noise_length, device=clips.device)
 
-        def select(embedded: Tensor) -> tuple[Tensor, Tensor]:
-            return self.selector.choose(embedded, noise, self.budget)
+        def select(scores: Tensor | None) -> tuple[Tensor, Tensor]:
+            return self.selector.choose(scores, noise, self.budget)
 
         tokens, visible_idx, target_idx, patches, slot_idx = self.encoder(
-            clips, select, self.selector.reads_embeddings, self._frame_selection(noise)
+            clips, select, self.selector.reads_importance, self._frame_selection(noise)
         )
         prediction = self.decoder(self.encoder_to_decoder(tokens), self.mask_token, visible_idx, target_idx)
         with torch.no_grad():

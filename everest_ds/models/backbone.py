@@ -79,7 +79,7 @@ class Trunk(nn.ModuleList):
 
 
 class Encoder(nn.Module):
-    """Embedding of the clip, selection of the visible tokens, positions, trunk."""
+    """Selection of the visible tokens, their embedding and positions, trunk."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class Encoder(nn.Module):
         super().__init__()
         row = config.row
         self.cut = config.tubelet, config.patch_pixels
-        self.patch_embed = TubeletEmbedding(*self.cut, row.width)
+        self.patch_embed = TubeletEmbedding(*self.cut, row.width, budget=budget, device_type=device_type)
         self.positions = Positions(config.positions, budget, row.width)
         self.blocks = Trunk(
             depth=row.depth,
@@ -106,17 +106,17 @@ class Encoder(nn.Module):
         )
 
     def forward(
-        self, clips: Tensor, select: Select, precise: bool, select_frames: SelectFrames | None = None
+        self, clips: Tensor, select: Select, scored: bool, select_frames: SelectFrames | None = None
     ) -> VisibleTokens:
         """Encode what ``select`` makes visible; no final norm.
 
         Args:
             clips: (B, 3, T, H, W) uint8; with frame selection, all candidate frames.
-            select: chooses tokens from their embeddings.
-            precise: embed in fp32 for the selector.
+            select: chooses tokens by their importance.
+            scored: whether it reads that.
             select_frames: chooses slots first; None: all of them.
         """
         patches = patchify(clips, *self.cut)
-        tokens, visible_idx, target_idx, patches, slot_idx = self.patch_embed(patches, select, precise, select_frames)
+        tokens, visible_idx, target_idx, patches, slot_idx = self.patch_embed(patches, select, scored, select_frames)
         tokens = self.positions(tokens, visible_idx).to(self.patch_embed.weight.dtype)
         return VisibleTokens(self.blocks.run(tokens), visible_idx, target_idx, patches, slot_idx)

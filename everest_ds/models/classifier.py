@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from everest_ds.config.errors import UserError
 from everest_ds.config.finetuning import ClassifierConfig
 from everest_ds.models.backbone import Checkpoint, Encoder, norm, recompute
-from everest_ds.models.embedding import TubeletEmbedding
-from everest_ds.models.selection import RANKINGS, importance
+from everest_ds.models.embedding import TubeletEmbedding, VisibleTokens
+from everest_ds.models.selection import RANKINGS
 from everest_ds.tokens import TokenBudget
 
 # Official initial weights (VideoMAE, modeling_finetune.py and its --init_scale): a head that says next to nothing.
@@ -34,7 +34,7 @@ class VideoClassifier(Encoder):
 
     Args:
         config: the settings; ``classes`` must be a number.
-        device_type: where it will run; decides what ``attention=auto`` means.
+        device_type: where it will run; decides what ``attention=auto`` means and in what precision tokens are scored.
         checkpoint: activation-checkpointing function; None means torch's.
 
     Raises:
@@ -61,28 +61,30 @@ class VideoClassifier(Encoder):
         """Layers for layer-wise decay, in timm's form: embedding, each block; what no pattern names comes last."""
         return {"stem": r"^patch_embed", "blocks": r"^blocks" if coarse else r"^blocks\.(\d+)"}
 
-    def select(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices of the kept tokens, (B, V) ascending, and no targets."""
-        if self.budget.visible == self.budget.total:
-            kept = torch.arange(self.budget.total, device=tokens.device).expand(len(tokens), -1)
-        else:
-            scores = importance(tokens, self.budget.slots)
-            kept = RANKINGS[self.config.resolved_selector](scores, self.budget.visible).sort(dim=1).values
-        return kept, kept[:, :0]
+    @property
+    def drops_tokens(self) -> bool:
+        """Whether some tokens don't enter, so that importance is read."""
+        return self.budget.visible < self.budget.total
+
+    def _encode(self, clips: Tensor) -> VisibleTokens:
+        """Encode the kept tokens; there are no targets."""
+
+        def select(scores: Tensor | None) -> tuple[Tensor, Tensor]:
+            if scores is None:
+                kept = torch.arange(self.budget.total, device=clips.device).expand(len(clips), -1)
+            else:
+                kept = RANKINGS[self.config.resolved_selector](scores, self.budget.visible).sort(dim=1).values
+            return kept, kept[:, :0]
+
+        return super().forward(clips, select, self.drops_tokens)
 
     def kept_indices(self, clips: Tensor) -> Tensor:
         """(B, V) int64, ascending: the tokens that a clip is classified from."""
-        return super().forward(clips, self.select, self.precise)[1]
-
-    @property
-    def precise(self) -> bool:
-        """Whether tokens are embedded in fp32: only where importance is read."""
-        return self.budget.visible < self.budget.total
+        return self._encode(clips).visible_idx
 
     def features(self, clips: Tensor) -> Tensor:
         """(B, 3, T, H, W) uint8 to (B, D): mean of the kept tokens, normed."""
-        tokens, *_ = super().forward(clips, self.select, self.precise)
-        return self.fc_norm(tokens.mean(dim=1))
+        return self.fc_norm(self._encode(clips).tokens.mean(dim=1))
 
     def forward(self, clips: Tensor) -> Tensor:  # type: ignore[override]
         """(B, 3, T, H, W) uint8 to (B, classes) logits."""

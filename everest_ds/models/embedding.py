@@ -1,20 +1,22 @@
-"""Tubelet embedding: every token embedded once, gradient through the selected ones alone."""
+"""Tubelet embedding: all tokens scored, the visible ones embedded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from everest_ds.models.frames import take_slots
+from everest_ds.models.importance import importance, scoring_dtype
 from everest_ds.models.patches import CHANNELS, normalise, take
+from everest_ds.tokens import TokenBudget
 
-# (B, N, D) embeddings without gradient -> visible and target indices, (B, V) and (B, R) int64, ascending.
-Select = Callable[[Tensor], tuple[Tensor, Tensor]]
-# (B, M, D) embeddings and (B, M, 3, P) patches of the candidate slots -> those of the slots taken, and which they are.
-SelectFrames = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+# (B, N) importance, or None where it isn't read -> visible and target indices, (B, V) and (B, R) int64, ascending.
+Select = Callable[[Tensor | None], tuple[Tensor, Tensor]]
+# (B, M) importance of the candidate slots' tokens -> (B, slots) int64, ascending: the slots taken.
+SelectFrames = Callable[[Tensor], Tensor]
 
 
 class VisibleTokens(NamedTuple):
@@ -32,55 +34,36 @@ class VisibleTokens(NamedTuple):
     slot_idx: Tensor | None
 
 
-class _SelectedTokens(torch.autograd.Function):
-    """Give tokens that were embedded without gradient the gradient of a linear layer.
-
-    The forward product exists already (importance needs every token), so it isn't computed twice; the backward
-    pass needs the selected patches alone, which are kept as uint8: a quarter of the bytes of float32.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, bias: Tensor, patches: Tensor, tokens: Tensor) -> Tensor:
-        ctx.save_for_backward(patches)
-        ctx.dtypes = weight.dtype, bias.dtype
-        return tokens.view_as(tokens)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (patches,) = ctx.saved_tensors
-        weight_dtype, bias_dtype = ctx.dtypes
-        grad = grads[0].flatten(0, 1).to(weight_dtype)
-        pixels = normalise(patches.flatten(0, 1), weight_dtype)
-        return grad.t() @ pixels, grad.sum(0).to(bias_dtype), None, None
-
-
 class TubeletEmbedding(nn.Linear):
     """The patch embedding (a Conv3d with kernel = stride in the official code) as a linear layer over pixels.
 
-    ``weight`` is (D, 3 * tubelet * patch * patch), the convolution's kernel flattened.
+    ``weight`` is (D, 3 * tubelet * patch * patch), the convolution's kernel flattened. Scoring is a part of this
+    module's forward pass because it reads the weight, which ZeRO-3 gathers for no longer than that.
     """
 
-    def __init__(self, tubelet: int, patch: int, width: int) -> None:
+    def __init__(self, tubelet: int, patch: int, width: int, *, budget: TokenBudget, device_type: str) -> None:
         super().__init__(CHANNELS * tubelet * patch * patch, width)
+        self.budget, self.device_type = budget, device_type
 
     def forward(  # type: ignore[override]
-        self, patches: Tensor, select: Select, precise: bool = True, select_frames: SelectFrames | None = None
+        self, patches: Tensor, select: Select, scored: bool = True, select_frames: SelectFrames | None = None
     ) -> VisibleTokens:
-        """Embed all tokens, let ``select`` look at them, and return those that it makes visible, with gradient.
+        """Score the tokens, let ``select`` choose by the scores, and embed those that it makes visible.
 
         Args:
             patches: (B, N, 3, P) uint8; with frame selection, of all candidate slots.
-            select: chooses tokens from their embeddings.
-            precise: embed in fp32 whatever the training precision, as importance needs.
-            select_frames: chooses slots first; None: all of them.
+            select: chooses tokens.
+            scored: whether ``select`` reads importance.
+            select_frames: chooses slots first, from their importance; None: all of them.
         """
-        slot_idx = None
-        dtype = torch.float32 if precise else self.weight.dtype
+        budget, slot_idx = self.budget, None
         with torch.no_grad(), torch.autocast(patches.device.type, enabled=False):
-            tokens = F.linear(normalise(patches, dtype), self.weight.to(dtype), self.bias.to(dtype))
             if select_frames is not None:
-                tokens, patches, slot_idx = select_frames(tokens, patches)
-            visible_idx, target_idx = select(tokens)
-            visible, pixels = take(tokens, visible_idx), take(patches, visible_idx)
-        visible = _SelectedTokens.apply(self.weight, self.bias, pixels, visible)
-        return VisibleTokens(visible, visible_idx, target_idx, patches, slot_idx)
+                slot_idx = select_frames(self._importance(patches, budget.candidate_slots))
+                patches = take_slots(patches, slot_idx, budget.candidate_slots)
+            visible_idx, target_idx = select(self._importance(patches, budget.slots) if scored else None)
+            pixels = normalise(take(patches, visible_idx), self.weight.dtype)
+        return VisibleTokens(super().forward(pixels), visible_idx, target_idx, patches, slot_idx)
+
+    def _importance(self, patches: Tensor, slots: int) -> Tensor:
+        return importance(patches, self.weight, slots, scoring_dtype(self.weight.dtype, self.device_type))

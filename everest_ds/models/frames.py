@@ -1,7 +1,7 @@
 """Information-intensive frame selection (EVEREST, section 4.2): of more slots than a clip has, take those that change.
 
-The importance of the candidates' tokens decides, whatever ranks tokens afterwards. Every candidate is embedded once;
-the slots taken go on as a clip that never had others.
+The importance of the candidates' tokens decides, whatever ranks tokens afterwards. The slots taken go on as a clip that
+never had others: their tokens are scored anew, against the neighbours that they have now.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from everest_ds.models.patches import take
-from everest_ds.models.selection import importance
 from everest_ds.tokens import TokenBudget
 
 # The rate of a slot without kept tokens. Others have at least 1 / tokens: it comes in behind them, in random order.
@@ -64,19 +63,16 @@ def take_slots(values: Tensor, slot_idx: Tensor, slots: int) -> Tensor:
     return take(values.unflatten(1, (slots, -1)), slot_idx).flatten(1, 2)
 
 
-def select_frames(tokens: Tensor, patches: Tensor, noise: Tensor, budget: TokenBudget) -> tuple[Tensor, Tensor, Tensor]:
-    """Take the slots to train on from the candidates.
+def select_frames(scores: Tensor, noise: Tensor, budget: TokenBudget) -> Tensor:
+    """Choose the slots to train on from the candidates.
 
     Args:
-        tokens: (B, M, D) embeddings of all candidates, fp32; M is ``budget.candidate_slots * budget.per_slot``.
-        patches: (B, M, 3, P) their pixels.
+        scores: (B, M) importance of all candidates' tokens; M is ``budget.candidate_slots * budget.per_slot``.
         noise: (B, at least ``budget.candidate_slots``) uniform in [0, 1).
         budget: the clip's.
 
     Returns:
-        (B, N, D) and (B, N, 3, P), the same of the slots taken, and (B, slots) int64, ascending: which they are.
+        (B, slots) int64, ascending: which slots are taken.
     """
-    counts = kept_per_slot(importance(tokens, budget.candidate_slots), budget.candidate_kept, budget.candidate_slots)
-    slot_idx = draw_slots(counts, noise[:, : budget.candidate_slots], budget.slots)
-    taken_tokens, taken_patches = (take_slots(values, slot_idx, budget.candidate_slots) for values in (tokens, patches))
-    return taken_tokens, taken_patches, slot_idx
+    counts = kept_per_slot(scores, budget.candidate_kept, budget.candidate_slots)
+    return draw_slots(counts, noise[:, : budget.candidate_slots], budget.slots)

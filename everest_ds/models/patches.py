@@ -58,9 +58,14 @@ def normalise(patches: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         (..., 3 * P), ready for the embedding.
     """
-    mean, deviation = (_filled(values, patches.device) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    mean, deviation = _filled(IMAGENET_DEFAULT_MEAN, patches.device), deviations(patches.device)
     scaled = patches.float().mul_((1 / (GREY_LEVELS * deviation)).unsqueeze(-1))
     return scaled.sub_((mean / deviation).unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+def deviations(device: torch.device) -> Tensor:
+    """Return the (3,) deviations that :func:`normalise` divides by, in units of the brightest grey level."""
+    return _filled(IMAGENET_DEFAULT_STD, device)
 
 
 def _filled(values: tuple[float, ...], device: torch.device) -> Tensor:

@@ -31,7 +31,7 @@ def create_model(
     Args:
         size: a row of :data:`everest_ds.config.sizes.SIZES`, such as "vit_base".
         method: "everest" or "videomae".
-        device_type: where it will run; decides what ``attention="auto"`` means.
+        device_type: where it will run; decides what ``attention="auto"`` means and in what precision tokens are scored.
         checkpoint: activation-checkpointing function; None means torch's.
         model_keys: any other key of the recipe's ``model`` group.
 

@@ -1,7 +1,8 @@
 """Which tokens are visible and which are reconstructed: index tensors of fixed size, no host sync.
 
-Each selector takes the tokens' embeddings and the clip's noise and returns (B, V) visible and (B, R) target indices,
-int64, ascending. Sorts are stable, so ties resolve the same way every time: the earlier token first.
+Each selector takes the tokens' importance (where it reads that), the clip's noise and its token counts, and returns
+(B, V) visible and (B, R) target indices, int64, ascending. Sorts are stable, so ties resolve the same way every time:
+the earlier token first.
 """
 
 from __future__ import annotations
@@ -14,24 +15,6 @@ import torch
 from torch import Tensor
 
 from everest_ds.tokens import TokenBudget
-
-
-def importance(tokens: Tensor, slots: int) -> Tensor:
-    """Redundancy-robust importance: how far each token's embedding moved since the slot before.
-
-    L2 distance between embeddings at the same place in neighbouring slots, before positions are added (EVEREST,
-    section 3.1, equation 2). Slot 0 has no predecessor and takes slot 1's values (official code).
-
-    Args:
-        tokens: (B, N, D) embeddings, fp32.
-        slots: tubelets in time, at least 2.
-
-    Returns:
-        (B, N) distances.
-    """
-    by_slot = tokens.unflatten(1, (slots, -1))
-    moved = torch.linalg.vector_norm(by_slot[:, 1:] - by_slot[:, :-1], dim=-1)
-    return torch.cat([moved[:, :1], moved], dim=1).flatten(1)
 
 
 def most_important(scores: Tensor, count: int) -> Tensor:
@@ -48,21 +31,22 @@ def least_important(scores: Tensor, count: int) -> Tensor:
 RANKINGS: dict[str, Callable[[Tensor, int], Tensor]] = {"rero": most_important, "least": least_important}
 
 
-def by_importance(ranking: str, tokens: Tensor, noise: Tensor, budget: TokenBudget) -> tuple[Tensor, Tensor]:
+def by_importance(ranking: str, scores: Tensor | None, noise: Tensor, budget: TokenBudget) -> tuple[Tensor, Tensor]:
     """Keep the first tokens of a ranking; of those, the ones with the least noise are visible (section 4.1)."""
-    kept = RANKINGS[ranking](importance(tokens, budget.slots), budget.kept)
+    assert scores is not None
+    kept = RANKINGS[ranking](scores, budget.kept)
     return _split(kept.gather(1, noise[:, : budget.kept].argsort(dim=1, stable=True)), budget.visible)
 
 
-def tube(tokens: Tensor, noise: Tensor, budget: TokenBudget) -> tuple[Tensor, Tensor]:
+def tube(scores: Tensor | None, noise: Tensor, budget: TokenBudget) -> tuple[Tensor, Tensor]:  # noqa: ARG001
     """Hide the same places in every slot (VideoMAE): noise is per place."""
     places = noise[:, : budget.per_slot].argsort(dim=1, stable=True)
-    starts = torch.arange(budget.slots, device=tokens.device).unsqueeze(1) * budget.per_slot
+    starts = torch.arange(budget.slots, device=noise.device).unsqueeze(1) * budget.per_slot
     visible, target = _split(places, budget.visible // budget.slots)
     return (visible.unsqueeze(1) + starts).flatten(1), (target.unsqueeze(1) + starts).flatten(1)
 
 
-def uniform(tokens: Tensor, noise: Tensor, budget: TokenBudget) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+def uniform(scores: Tensor | None, noise: Tensor, budget: TokenBudget) -> tuple[Tensor, Tensor]:  # noqa: ARG001
     """Hide tokens anywhere, regardless of content."""
     return _split(noise[:, : budget.total].argsort(dim=1, stable=True), budget.visible)
 
@@ -73,20 +57,20 @@ def _split(order: Tensor, visible: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class Selector:
-    """A row of the table: the function, whether it reads embeddings, and how much noise per clip it uses."""
+    """A row of the table: the function, whether it reads importance, and how much noise per clip it uses."""
 
-    choose: Callable[[Tensor, Tensor, TokenBudget], tuple[Tensor, Tensor]]
-    reads_embeddings: bool
+    choose: Callable[[Tensor | None, Tensor, TokenBudget], tuple[Tensor, Tensor]]
+    reads_importance: bool
     noise_length: Callable[[TokenBudget], int]
 
 
 SELECTORS: dict[str, Selector] = {
     **{
         ranking: Selector(
-            choose=partial(by_importance, ranking), reads_embeddings=True, noise_length=lambda budget: budget.kept
+            choose=partial(by_importance, ranking), reads_importance=True, noise_length=lambda budget: budget.kept
         )
         for ranking in RANKINGS
     },
-    "tube": Selector(choose=tube, reads_embeddings=False, noise_length=lambda budget: budget.per_slot),
-    "random": Selector(choose=uniform, reads_embeddings=False, noise_length=lambda budget: budget.total),
+    "tube": Selector(choose=tube, reads_importance=False, noise_length=lambda budget: budget.per_slot),
+    "random": Selector(choose=uniform, reads_importance=False, noise_length=lambda budget: budget.total),
 }

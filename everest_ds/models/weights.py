@@ -128,7 +128,7 @@ def load_pretrained(path: str | Path, *, device_type: str = "cpu") -> MaskedAuto
 
     Args:
         path: a run directory, or the ``model.safetensors`` that a run writes at its end.
-        device_type: where it will run; decides what ``attention="auto"`` means.
+        device_type: where it will run; decides what ``attention="auto"`` means and in what precision tokens are scored.
 
     Raises:
         UserError: there is no such file, or it isn't one of ours.

@@ -185,7 +185,7 @@ def test_the_heaviest_mixing_of_a_run_counts(settings, kind):
 
 def test_cuda_counts_the_workspace_of_flash_attention():
     model = dataclasses.replace(MICRO, attention="fused", checkpointing="full")
-    cuda, cpu = (trace_step(TraceSpec(model=model, device_type=device)) for device in ("cuda", "cpu"))
+    cuda, cpu = (trace_step(TraceSpec(model=model, device_type=device, precision="fp32")) for device in ("cuda", "cpu"))
     assert max(cuda.per_clip) >= max(cpu.per_clip)
     # Six blocks, each a workspace of (rows padded to 128) x heads x (channels padded to 32, + 1) fp32.
     workspace = 128 * 3 * (32 + 1) * 4
@@ -194,7 +194,7 @@ def test_cuda_counts_the_workspace_of_flash_attention():
 
 def test_cuda_counts_what_softmax_takes_in_its_backward_pass():
     model = dataclasses.replace(MICRO, attention="eager")
-    cuda, cpu = (Counter(trace_step(TraceSpec(model=model, device_type=device)).per_clip) for device in ("cuda", "cpu"))
+    cuda, cpu = (Counter(trace_step(TraceSpec(model=model, device_type=device, precision="fp32")).per_clip) for device in ("cuda", "cpu"))
     # The gradient times the output: in each block another matrix of attention, of which the forward pass keeps one.
     more = cuda - cpu
     assert more.total() == 6

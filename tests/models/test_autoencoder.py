@@ -10,7 +10,7 @@ from everest_ds.config.schema import FrameSelectionConfig, ModelConfig
 from everest_ds.config.sizes import SIZES
 from everest_ds.models import MaskedAutoencoder, VideoClassifier
 from everest_ds.models.patches import patchify, unpatchify
-from everest_ds.models.selection import SELECTORS, importance
+from everest_ds.models.selection import SELECTORS
 from everest_ds.tokens import TokenBudget
 
 METHODS = ("everest", "videomae")
@@ -111,21 +111,19 @@ def test_visible_and_reconstructed_are_disjoint_ascending_and_as_counted(config)
 
 def test_rero_keeps_what_changes_and_resolves_ties_by_index():
     budget = TokenBudget(slots=3, rows=1, columns=4, visible=2, reconstructed=2)
-    tokens = torch.zeros(1, 3, 4, 5)
-    tokens[0, 2, 1] = 3.0  # only place 1 changes, between slots 1 and 2
-    tokens = tokens.flatten(1, 2)
-    assert importance(tokens, 3).nonzero()[:, 1].tolist() == [9]
+    scores = torch.zeros(1, 12)
+    scores[0, 9] = 3.0
     noise = torch.tensor([[0.9, 0.1, 0.2, 0.3]])
-    visible, target = SELECTORS["rero"].choose(tokens, noise, budget)
+    visible, target = SELECTORS["rero"].choose(scores, noise, budget)
     # Kept: 9, then the ties in order: 0, 1, 2. Token 9 drew the most noise.
     assert visible.tolist() == [[0, 1]]
     assert target.tolist() == [[2, 9]]
-    visible, target = SELECTORS["least"].choose(tokens, noise, budget)
+    visible, target = SELECTORS["least"].choose(scores, noise, budget)
     # Kept: 0 to 3, all tied.
     assert (visible.tolist(), target.tolist()) == ([[1, 2]], [[0, 3]])
 
 
-def test_importance_is_computed_in_fp32_whatever_the_precision():
+def test_a_cpu_scores_in_fp32_whatever_the_precision():
     config = small()
     model = MaskedAutoencoder(config).bfloat16()
     batch, noise = clips(config), torch.rand(2, model.noise_length)

@@ -1,5 +1,6 @@
 """Forward multiply-accumulates, counted on the real models, against every published figure."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -8,7 +9,7 @@ from golden_fixtures import facts
 from everest_ds.config.finetuning import ClassifierConfig
 from everest_ds.config.schema import FrameSelectionConfig, ModelConfig
 from everest_ds.models import MaskedAutoencoder, VideoClassifier
-from everest_ds.models.flops import forward_backward_macs, forward_macs
+from everest_ds.models.flops import done_macs, forward_backward_macs, forward_macs
 from everest_ds.tokens import TokenBudget
 
 SIZE = {"S": "vit_small", "B": "vit_base", "L": "vit_large"}
@@ -73,13 +74,39 @@ def test_frame_selection_embeds_the_candidates_and_costs_nothing_else():
     assert forward_macs(MaskedAutoencoder, on) - forward_macs(MaskedAutoencoder, off) == more_tokens * width * pixels
 
 
+# In the place of one embedding of each of 1568 tokens: of 7 slots the differences, and the embeddings of the visible
+# ones. Frame selection scores 11 of its 12 slots, too.
+IN_THE_EMBEDDING = [
+    (MaskedAutoencoder, ModelConfig(), 7 * 196 + 156),
+    (MaskedAutoencoder, ModelConfig(method="videomae"), 160),
+    (MaskedAutoencoder, ModelConfig(frame_selection=FrameSelectionConfig(alpha=1.5)), (11 + 7) * 196 + 156),
+    (VideoClassifier, ClassifierConfig(classes=KINETICS_CLASSES, keep_ratio=0.6), 7 * 196 + 940),
+    (VideoClassifier, ClassifierConfig(classes=KINETICS_CLASSES, keep_ratio=1.0), 1568),
+]
+
+
+@pytest.mark.parametrize(("build", "config", "tokens"), IN_THE_EMBEDDING)
+def test_what_is_done_differs_from_the_published_count_in_the_embedding_alone(build, config, tokens):
+    config = dataclasses.replace(config, size="vit_base")
+    width, pixels = 768, 3 * 2 * 16 * 16
+    saved = (config.candidate_slots * 196 - tokens) * width * pixels
+    assert forward_macs(build, config) - done_macs(build, config) == saved
+
+
+@pytest.mark.parametrize(("size", "published"), [("S", 6.3), ("B", 21.5), ("L", 60.8)])  # Table 1
+def test_what_everest_really_does_in_pretraining_is_as_published_too(size, published):
+    config = ModelConfig(size=SIZE[size], keep_ratio=0.4)
+    assert done_macs(MaskedAutoencoder, config) / 1e9 == pytest.approx(published, rel=0.006)
+
+
 @pytest.mark.parametrize("method", ["everest", "videomae"])
-def test_the_backward_pass_has_two_products_for_each_but_the_embeddings(method):
+def test_the_backward_pass_has_two_products_for_each_but_scores_and_pixels(method):
     config = ModelConfig(size="vit_micro", method=method, image_size=64)
     budget, width, pixels = TokenBudget.for_pretraining(config), 96, 3 * config.tubelet * config.patch**2
-    without = budget.total + (budget.total - budget.visible)  # no gradient of pixels, none from tokens not embedded
+    scored = (budget.slots - 1) * budget.per_slot if method == "everest" else 0
+    without = 2 * scored + budget.visible
     counted = forward_backward_macs(MaskedAutoencoder, config)
-    assert counted == 3 * forward_macs(MaskedAutoencoder, config) - without * width * pixels
+    assert counted == 3 * done_macs(MaskedAutoencoder, config) - without * width * pixels
 
 
 @pytest.mark.parametrize("method", ["everest", "videomae"])

@@ -14,8 +14,8 @@ from everest_ds.config.errors import UserError
 from everest_ds.config.schema import FrameSelectionConfig, ModelConfig
 from everest_ds.models import MaskedAutoencoder
 from everest_ds.models.frames import draw_slots, kept_per_slot, take_slots
-from everest_ds.models.patches import normalise, patchify, unpatchify
-from everest_ds.models.selection import importance
+from everest_ds.models.importance import importance
+from everest_ds.models.patches import patchify, unpatchify
 
 OFF = ModelConfig(size="vit_micro", image_size=48, decoder_depth=1, keep_ratio=0.5)
 ON = dataclasses.replace(OFF, frame_selection=FrameSelectionConfig(alpha=1.5))  # 8 of 12 slots
@@ -193,9 +193,8 @@ def test_a_static_video_takes_any_slot():
     out = model(batch, noise_for(model, 64))
     assert out.loss.isfinite()
     assert out.slot_idx.unique().tolist() == list(range(12))
-    embedding = model.encoder.patch_embed
-    tokens = F.linear(normalise(model.patches(batch), torch.float32), embedding.weight, embedding.bias)
-    counts = kept_per_slot(importance(tokens, 12), model.budget.candidate_kept, 12)
+    scores = importance(patchify(batch, *model.encoder.cut), model.encoder.patch_embed.weight, 12, torch.float32)
+    counts = kept_per_slot(scores, model.budget.candidate_kept, 12)
     assert torch.equal(counts, torch.full((64, 12), model.budget.candidate_kept / 12))
 
 
