@@ -33,7 +33,7 @@ def utilisation(recipe: Recipe, ds_config: dict[str, Any]) -> Utilisation:
         flops = step_flops(recipe.model)
         origin = "train.peak_flops" if peak.data_sheet is None else f"{peak.data_sheet}'s data sheet, {precision}"
         line = (
-            f"MFU: {flops / 1e9:.1f} GFLOP per clip (backward pass counted, recomputation not), of "
+            f"MFU: {flops / 1e9:.4g} GFLOP per clip (backward pass counted, recomputation not), of "
             f"{peak.flops_per_s / 1e12:g} TFLOP/s per device ({origin})"
         )
         return Utilisation(partial(mfu, flops_per_clip=flops, peak=peak, devices=ranks.world_size()), [line])
