@@ -26,6 +26,7 @@ from everest_ds.config.finetuning import FinetuneRecipe
 from everest_ds.config.load import load_as
 from everest_ds.config.schema import Recipe, check
 from everest_ds.data.loader import Batch
+from everest_ds.memory.arithmetic import FLOPS_PER_MAC, step_flops
 from everest_ds.memory.meters import DeviceMeter, StorageMeter
 from everest_ds.memory.objectives import random_batch
 from everest_ds.models import (
@@ -33,7 +34,6 @@ from everest_ds.models import (
     VideoClassifier,
     build_network,
     forward_backward_macs,
-    forward_macs,
 )
 from everest_ds.training import ranks
 from everest_ds.training.ops import missing_compiler
@@ -43,7 +43,6 @@ Shape = tuple[int, int, int]
 
 OURS, COMPILED, REFERENCE = "ours", "compiled", "reference style"
 _CLASSES = 400  # of Kinetics-400, the paper's data set
-_STEP_FLOPS_PER_MAC = 6  # two per multiply-accumulate; the backward pass has two products for each of the forward's
 _LARGEST_SHAPES = 4  # layers whose products make up nearly all of a step
 _PRODUCTS_S = 0.2  # seconds of products of one shape, per round
 _PRODUCTS_IN_A_ROW = 100  # on a GPU, where one product takes less than waiting for it
@@ -235,8 +234,8 @@ def prepare(variant: Variant, size: str, settings: Settings) -> Runner:
         variant=variant,
         model=model,
         loss=_loss(variant.style, model, batch),
-        flops=_STEP_FLOPS_PER_MAC * settings.batch * forward_macs(build_network, config),
-        flops_done=2 * settings.batch * forward_backward_macs(build_network, config),
+        flops=settings.batch * step_flops(config),
+        flops_done=FLOPS_PER_MAC * settings.batch * forward_backward_macs(build_network, config),
     )
 
 
@@ -309,7 +308,7 @@ def product_rate(shape: Shape, dtype: torch.dtype) -> float:
     seconds: list[float] = []
     while sum(seconds) < _PRODUCTS_S:
         seconds.append(timed(multiply))
-    return number * 2 * rows * inner * columns / min(seconds)
+    return number * FLOPS_PER_MAC * rows * inner * columns / min(seconds)
 
 
 def _row(size: str, runner: Runner, rates: Sequence[Mapping[str, float]]) -> Row:

@@ -144,6 +144,14 @@ def precision(ds: dict[str, Any]) -> str:
     return next((name for name in ("bf16", "fp16") if ds.get(name, {}).get("enabled", False)), "fp32")
 
 
+def products_precision(ds: dict[str, Any]) -> str:
+    """The type that matrix products compute in: that of parameters, or torch_autocast's where that is on."""
+    autocast = ds.get("torch_autocast") or {}
+    if not autocast.get("enabled", False):
+        return precision(ds)
+    return "bf16" if "bf" in autocast.get("dtype", "fp16") else "fp16"
+
+
 def with_precision(ds_config: dict[str, Any], precision: str) -> dict[str, Any]:
     """Return a DeepSpeed JSON that trains in another precision."""
     others = {key: value for key, value in ds_config.items() if key not in ("bf16", "fp16")}

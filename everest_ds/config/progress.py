@@ -1,23 +1,35 @@
-"""How far something has got: a live rich line on a terminal, plain lines otherwise. Everything goes to stderr."""
+"""How far something has got: a live rich display on a terminal, plain lines otherwise. Everything goes to stderr."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 _PLAIN_LINES = 10
+_GIB = 2**30
+
+
+class _Live(Progress):
+    """A task's row, and a second one for the numbers that don't fit into a row of 100 columns."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """Yield the rows."""
+        yield self.make_tasks_table(self.tasks)
+        yield from (Text(task.fields["below"]) for task in self.tasks if task.fields["below"])
 
 
 class _Line:
-    """What is done of how many, elapsed and left; ``numbers`` stand between.
+    """What is done of how many, elapsed and left; ``numbers`` stand between, those ``below`` in a row of their own.
 
     Args:
         title: what is counted.
@@ -30,7 +42,7 @@ class _Line:
         self._title, self._speaks = title, speaks
         self._live: Progress | None = None
         if speaks and sys.stderr.isatty():
-            self._live = Progress(
+            self._live = _Live(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
@@ -40,7 +52,7 @@ class _Line:
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
-            self._task = self._live.add_task(title, total=total, completed=done, numbers="")
+            self._task = self._live.add_task(title, total=total, completed=done, numbers="", below="")
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -55,7 +67,7 @@ class _Line:
 
 
 class ProgressLine(_Line):
-    """A training run's: the loss, the rate and the time left of its steps."""
+    """A training run's: its loss, rate and memory, and the time left of its steps."""
 
     def __init__(self, total_steps: int, *, start_step: int, speaks: bool) -> None:
         super().__init__("step", total=total_steps, done=start_step, speaks=speaks)
@@ -71,10 +83,13 @@ class ProgressLine(_Line):
         if not self._speaks:
             return
         numbers = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['clips_per_s']:.1f} clips/s"
+        if "mfu" in record:
+            numbers += f"  MFU {100 * record['mfu']:.1f} %"
+        numbers += f"  {_memory(record)}"
         if "loss_scale" in record:
             numbers += f"  scale {record['loss_scale']:g}  skipped {record['skipped_steps']}"
         if self._live is not None:
-            self._live.update(self._task, completed=record["step"], numbers=numbers)
+            self._live.update(self._task, completed=record["step"], below=numbers)
             return
         left_s = (self._total - record["step"]) * record["step_s"]
         print(f"step {record['step']}/{self._total}  {numbers}  left {_clock(left_s)}", file=sys.stderr, flush=True)
@@ -100,6 +115,12 @@ class CountLine(_Line):
             self._said = done * _PLAIN_LINES // total
             left = _clock((total - done) / rate)
             print(f"{self._title}: {done} of {total}, {rate:.1f}/s, left {left}", file=sys.stderr, flush=True)
+
+
+def _memory(record: dict[str, Any]) -> str:
+    """Peak memory of the rank that took most: of a device's allocator in two ways, or of a process."""
+    peak, reserved = f"{record['peak_memory_bytes'] / _GIB:.1f}", record.get("reserved_memory_bytes")
+    return f"peak {peak} GiB" if reserved is None else f"allocated {peak}, reserved {reserved / _GIB:.1f} GiB"
 
 
 def _clock(seconds: float) -> str:

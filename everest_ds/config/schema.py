@@ -294,6 +294,11 @@ class TrainConfig:
         "memory of a device that micro_batch=auto may fill: 80GiB, 80GB or a GPU such as A100-80; null: what is free "
         "there less 5 %",
     )
+    peak_flops: float | None = setting(
+        None,
+        "dense FLOP/s of a rank's device in the run's precision, of which MFU is the share (989.5e12); null: the GPU's "
+        "data sheet's, if it is known here",
+    )
     epochs: int = setting(200, "passes over the manifest", source="paper, Table 7")
     max_steps: int | None = setting(None, "optimizer steps; overrides epochs (the schedule then spans these)")
     save_every_steps: int = setting(0, "steps between checkpoints; 0: at the end only")
@@ -312,7 +317,16 @@ class TrainConfig:
     max_minutes: float = setting(0.0, "minutes after which the run saves and exits with code 75; 0: no limit")
 
     def __post_init__(self) -> None:
-        for key in ("micro_batch", "global_batch", "epochs", "max_steps", "log_every_steps", "max_bad_steps"):
+        positive = (
+            "micro_batch",
+            "global_batch",
+            "peak_flops",
+            "epochs",
+            "max_steps",
+            "log_every_steps",
+            "max_bad_steps",
+        )
+        for key in positive:
             value = getattr(self, key)
             check(value in (None, "auto") or value > 0, f"train.{key}", f"must be positive, got {value}")
         for key in ("save_every_steps", "keep_last", "keep_every_steps", "seed", "max_minutes"):

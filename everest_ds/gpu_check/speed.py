@@ -18,8 +18,8 @@ from everest_ds.gpu_check import plans
 from everest_ds.gpu_check.cases import Asked, Case, NotHereError, Values
 from everest_ds.gpu_check.settings import SPEED, B, Setting
 from everest_ds.memory import meters
-from everest_ds.memory.gpus import gpu_of_card
 from everest_ds.memory.overheads import card_here
+from everest_ds.memory.utilisation import mfu, peak_of
 from everest_ds.models import MaskedAutoencoder
 from everest_ds.models.patches import patchify
 from everest_ds.training import ranks
@@ -76,7 +76,7 @@ def _batch(setting: Setting, asked: Asked) -> int:
 def _speed(setting: Setting, asked: Asked, found: dict[tuple[str, str], Values]) -> Values:
     batch = _batch(setting, asked)
     measured = measure(setting.recipe(asked, batch), setting.ds_config(), steps=_STEPS)
-    gpu = gpu_of_card(card_here())
+    peak, flops_per_clip = peak_of(card_here(), setting.precision), measured.flops_per_s / measured.clips_per_s
     values: Values = {
         "clips": batch,
         "step_s": measured.step_s,
@@ -84,11 +84,12 @@ def _speed(setting: Setting, asked: Asked, found: dict[tuple[str, str], Values])
         "flops_per_s": measured.flops_per_s,
         "product_flops_per_s": measured.matmul_flops_per_s,
         "product_share": measured.flops_per_s / measured.matmul_flops_per_s,
-        "flops_per_clip": measured.flops_per_s / measured.clips_per_s,
+        "flops_per_clip": flops_per_clip,
         "allocated_bytes": measured.measured_peak_bytes,
     }
-    if gpu is not None and setting.precision in gpu.rates:
-        values |= {"mfu": measured.flops_per_s / gpu.rates[setting.precision], "data_sheet": gpu.name}
+    if peak is not None:
+        share = mfu(measured.clips_per_s, flops_per_clip=flops_per_clip, peak=peak, devices=1)
+        values |= {"mfu": share, "data_sheet": peak.data_sheet}
     found[setting.size, setting.method] = values
     return values
 

@@ -17,6 +17,8 @@ from everest_ds.models.flops import forward_macs
 # A matrix product's backward pass is two products of its size: one for each of its operands' gradients.
 _BACKWARD = 2
 FLOPS_PER_MAC = 2
+# Of a training step, for each multiply-accumulate of its forward pass.
+STEP_FLOPS_PER_MAC = FLOPS_PER_MAC * (1 + _BACKWARD)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,15 @@ def step_macs(config: ModelConfig) -> StepMacs:
         trunks = _trunks(model)
         again = {"none": (), "full": tuple(trunks)}.get(config.checkpointing, (config.checkpointing,))
         return StepMacs(forward=forward, recomputed=sum(_trunk_macs(*trunks[name]) for name in again if name in trunks))
+
+
+@lru_cache(maxsize=64)
+def step_flops(config: ModelConfig) -> int:
+    """Operations of one clip's training step by the published count, which rates and MFU are of.
+
+    Two per multiply-accumulate, the backward pass twice the forward; what checkpointing computes again isn't counted.
+    """
+    return STEP_FLOPS_PER_MAC * forward_macs(build_network, config)
 
 
 def _trunks(model: MaskedAutoencoder | VideoClassifier) -> dict[str, tuple[Trunk, int, int]]:

@@ -10,11 +10,9 @@ from typing import Any
 from everest_ds.config.errors import UserError
 from everest_ds.config.schema import Recipe
 from everest_ds.data.rate import ReadingRate
+from everest_ds.memory.arithmetic import step_flops
 from everest_ds.memory.gpus import Gpu, gpu_hint, named_gpu
-from everest_ds.models import build_network, forward_macs
 
-# Two operations per multiply-accumulate; the backward pass has two products for each of the forward's.
-_STEP_FLOPS_PER_MAC = 6
 _GPUS = re.compile(r"(?:(\d+)\s*[x*]\s*)?(\S.*)")
 
 
@@ -80,7 +78,7 @@ def feed(recipe: Recipe, rate: ReadingRate, *, gpus: int, gpu: Gpu, utilisation:
     if not 0 < utilisation <= 1:
         raise UserError(f"--utilisation: must be in (0, 1], got {utilisation:g}")
     precision = "bf16" if "bf16" in gpu.rates else "fp16"
-    flops = _STEP_FLOPS_PER_MAC * forward_macs(build_network, recipe.model)
+    flops = step_flops(recipe.model)
     wanted = gpus * gpu.rates[precision] * utilisation / flops
     return Feed(
         gpu=gpu.name,

@@ -30,6 +30,14 @@ def peak_bytes(device: torch.device) -> int:
     return torch.get_device_module(device).max_memory_allocated(device)
 
 
+def peaks(device: torch.device) -> dict[str, int]:
+    """:func:`peak_bytes` as metrics.jsonl calls it; on a device also the most that its allocator has reserved."""
+    found = {"peak_memory_bytes": peak_bytes(device)}
+    if device.type != "cpu":
+        found["reserved_memory_bytes"] = torch.get_device_module(device).max_memory_reserved(device)
+    return found
+
+
 def available_bytes(device: torch.device) -> int:
     """Memory that this process could take now: of its device, or on a CPU of the machine and its control group.
 

@@ -79,7 +79,7 @@ def summary(run_dir: RunDir, picture: Path, seconds: float) -> str:
             f"loss               {first['loss']:.3f} at step {first['step']}, "
             f"{last['loss']:.3f} at step {last['step']}",
             f"clips per second   {rates[len(rates) // 2]:.0f} (median)",
-            f"peak memory        {last['peak_memory_bytes'] / 2**20:.0f} MiB per rank",
+            f"peak memory        {last['peak_memory_bytes'] / 2**20:.0f} MiB on the rank that took most",
             f"time               {seconds:.0f} s, videos and start-up included",
             f"run directory      {run_dir.path}",
             f"reconstructions    {picture}",

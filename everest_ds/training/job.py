@@ -42,6 +42,7 @@ from everest_ds.training.resume import keep_global_batch, saved_batch
 from everest_ds.training.run_dir import RunDir, environment
 from everest_ds.training.schedule import CosineSchedule, build_schedule
 from everest_ds.training.storage import Writers
+from everest_ds.training.utilisation import Utilisation, utilisation
 from everest_ds.training.validation import Validation
 
 log = logging.getLogger(__name__)
@@ -215,8 +216,9 @@ def assemble(job: Job, built: Built, average: Average | None, checkpoints: Check
     run_dir = RunDir(Path(recipe.train.output_dir))
     monitors = Monitors(built.engine.monitor)
     metrics, bad_steps = open_records(job, run_dir, built, monitors, done)
+    rate = utilisation(recipe, job.ds_config) if ranks.is_main() else Utilisation(None, [])
     if ranks.is_main():
-        announce(job, built, done)
+        announce(job, built, done, rate.said)
     samples = step_sampler(recipe, batches, len(job.dataset), first_step=done, last_step=total)
     quarantine = Lines(run_dir.quarantine)
     job.dataset.set_aside(run_dir.set_aside())
@@ -240,6 +242,7 @@ def assemble(job: Job, built: Built, average: Average | None, checkpoints: Check
         bad_samples=BadSamples(recipe.data.max_bad_share, clips_per_video=recipe.data.clips_per_video),
         bad_steps=BadSteps(bad_steps, job.dataset.path, searching=partial(searches_scale, built.engine)),
         metrics=metrics,
+        mfu=rate.mfu,
         checkpoints=checkpoints,
         resumed=resumed,
         saved_at=done if job.source == run_dir else -1,
@@ -295,7 +298,7 @@ def validation_bytes(job: Job, device: str) -> int:
     return handed_over_bytes(job.validation, job.batches.micro, device)
 
 
-def announce(job: Job, built: Built, done: int) -> None:
+def announce(job: Job, built: Built, done: int, about_mfu: list[str]) -> None:
     """Say in a few lines what is about to run."""
     batches = job.batches
     lines = [
@@ -304,6 +307,7 @@ def announce(job: Job, built: Built, done: int) -> None:
         f"{len(job.dataset)} videos; global batch {batches.total} = micro-batch {batches.micro} x accumulation "
         f"{batches.accumulation} x ranks {batches.ranks}; steps {done} to {job.schedule.total_steps}",
         built.optimizer,
+        *about_mfu,
         f"run directory: {job.recipe.train.output_dir}",
     ]
     print("\n".join(lines), file=sys.stderr, flush=True)

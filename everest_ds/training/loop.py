@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections import ChainMap
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ from everest_ds.config.schema import TrainConfig
 from everest_ds.data.loader import BadCounts, BadSamples
 from everest_ds.data.randomness import Stream, generator
 from everest_ds.data.to_device import DeviceBatches
-from everest_ds.memory.meters import peak_bytes
+from everest_ds.memory.meters import peaks
 from everest_ds.training import ranks
 from everest_ds.training.average import Average
 from everest_ds.training.bad_steps import BadSteps
@@ -43,7 +44,7 @@ _ENDINGS = {
 
 @dataclass(kw_only=True)
 class Training:
-    """All that the loop works on. ``step`` counts optimizer steps done."""
+    """All that the loop works on. ``step`` counts optimizer steps done; ``mfu`` makes MFU from clips/s."""
 
     engine: Any
     batches: Batches
@@ -60,6 +61,7 @@ class Training:
     saved_at: int
     average: Average | None = None
     validation: Validation | None = None
+    mfu: Callable[[float], float] | None = None
     started: float = field(default_factory=time.monotonic)
     bad_named: float = 0
 
@@ -161,23 +163,26 @@ def close_window(run: Training, window: Window) -> dict[str, Any]:
     Raises:
         UserError: too many videos can't be read.
     """
-    sums = window.reduce(run.bad_samples.counts)
+    peak_bytes = peaks(run.engine.device)
+    sums = window.reduce(run.bad_samples.counts, list(peak_bytes.values()))
     counts = BadCounts(*map(round, sums.extra))
     name_bad_videos(run, counts.bad)
     run.bad_samples.check(counts)
     engine, norm = run.engine, run.engine.get_global_grad_norm()
+    clips_per_s = run.batches.total / sums.step_s
     record = {
         "step": run.step,
         "epoch": run.step / run.steps_per_epoch,
         "loss": sums.loss,
         "lr": run.schedule(run.step - 1),
         "grad_norm": None if norm is None else float(norm),
-        "clips_per_s": run.batches.total / sums.step_s,
+        "clips_per_s": clips_per_s,
+        **({} if run.mfu is None else {"mfu": run.mfu(clips_per_s)}),
         "data_wait_share": sums.data_wait_share,
         "decode_s": sums.decode_s,
         "transform_s": sums.transform_s,
         "step_s": sums.step_s,
-        "peak_memory_bytes": peak_bytes(engine.device),
+        **dict(zip(peak_bytes, map(round, sums.most), strict=True)),
         "bad_samples": counts.bad,
         "bad_steps": run.bad_steps.total,
     }

@@ -33,8 +33,8 @@ from everest_ds.config.schema import Recipe
 from everest_ds.data.loader import Batch
 from everest_ds.data.to_device import DeviceBatches
 from everest_ds.memory import meters
+from everest_ds.memory.arithmetic import FLOPS_PER_MAC, step_flops
 from everest_ds.memory.objectives import heaviest_mixing, random_batch
-from everest_ds.models import build_network, forward_macs
 from everest_ds.training import ranks
 from everest_ds.training.average import Average, build_average
 from everest_ds.training.engine import Built, build_model, initialise, resolve
@@ -45,7 +45,6 @@ from everest_ds.training.objectives import Objective, objective_for
 # in its first two.
 _WARM_UP_STEPS = 2
 _WARM_UP_STEPS_ZERO3 = 3
-_FORWARD_AND_BACKWARD = 3  # the backward pass takes two products for each of the forward's
 _MATMUL_SIDE, _MATMUL_SIDE_GPU = 1024, 8192  # a GPU is done with the smaller one before it is asked for the next
 _MATMULS, _MATMULS_S = 10, 1.0  # at most so many, and no new one after so many seconds
 # DeepSpeed's names of its collectives, and what each is one of.
@@ -65,7 +64,7 @@ class Measured:
     ``measured_peak_bytes``: of a step, tensor storages (CPU) or the device allocator, as ``measured_by`` says.
     ``states_bytes``: tensors held between steps. ``device_memory``: :class:`everest_ds.memory.meters.DevicePeaks` of a
     step, empty on a CPU. ``step_s`` is the median, ``step_spread_s`` the slowest less the fastest.
-    ``flops_per_s``: two per multiply-accumulate of matrix products, forward and backward, nothing for recomputation.
+    ``flops_per_s``: by :func:`everest_ds.memory.arithmetic.step_flops`.
     ``messages``: bytes of a step's messages by collective, as DeepSpeed's comms logger counts them.
     """
 
@@ -109,7 +108,6 @@ def measure(recipe: Recipe, raw_ds_config: dict[str, Any], *, steps: int = 3, sn
     messages = _messages(run.step)
     step_s = statistics.median(seconds)
     clips_per_s = run.batches.micro * run.batches.accumulation / step_s
-    macs = forward_macs(build_network, recipe.model)
     run.built.engine.destroy()
     return Measured(
         rank=ranks.rank(),
@@ -121,7 +119,7 @@ def measure(recipe: Recipe, raw_ds_config: dict[str, Any], *, steps: int = 3, sn
         step_s=step_s,
         step_spread_s=max(seconds) - min(seconds),
         clips_per_s=clips_per_s,
-        flops_per_s=2 * _FORWARD_AND_BACKWARD * macs * clips_per_s,
+        flops_per_s=step_flops(recipe.model) * clips_per_s,
         matmul_flops_per_s=matmul_rate(device, next(iter(run.built.engine.module.parameters())).dtype),
         messages=messages,
         optimizer=run.built.optimizer,
@@ -212,7 +210,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     # A CPU without bf16 arithmetic takes seconds for one.
     while len(seconds) < _MATMULS and sum(seconds) < _MATMULS_S:
         seconds.append(timed(lambda: left @ right))
-    return 2 * side**3 / min(seconds)
+    return FLOPS_PER_MAC * side**3 / min(seconds)
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -21,7 +21,8 @@ from everest_ds.data.loader import Batch
 class Sums:
     """A closed window, over all ranks: mean of the finite losses, seconds per step, share of it waiting for data.
 
-    ``decode_s`` and ``transform_s``: seconds of a data worker per clip.
+    ``decode_s`` and ``transform_s``: seconds of a data worker per clip. ``most``: of each number that was given as such
+    that of the rank where it is largest.
     """
 
     loss: float
@@ -30,6 +31,7 @@ class Sums:
     decode_s: float
     transform_s: float
     extra: list[float]
+    most: list[float]
 
 
 class Window:
@@ -82,18 +84,27 @@ class Window:
         self._loss += sums.get("loss", 0.0)
         self._finite += sums.get("finite", 0.0)
 
-    def reduce(self, extra: Sequence[float]) -> Sums:
-        """Read the window, summed over ranks along with ``extra``, and open the next one; a collective call."""
+    def reduce(self, extra: Sequence[float], most: Sequence[float] = ()) -> Sums:
+        """Read the window and open the next one; a collective call.
+
+        Args:
+            extra: summed over ranks along with the window.
+            most: of these the largest rank's. Each rank has a place of its own for them in what is summed.
+        """
         losses = [self._loss.item(), self._finite.item()]  # waits for the device: what it still does is in this window
         elapsed_s = time.perf_counter() - self._opened
         per_clip = [seconds / self._clips if self._clips else 0.0 for seconds in self._seconds]
         means = [elapsed_s / self._steps, self._waited_s / elapsed_s, *per_clip]
-        numbers = [*means, *losses, *extra]
+        world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        places = [0.0] * (world * len(most))
+        places[rank * len(most) : (rank + 1) * len(most)] = most
+        numbers = [*means, *losses, *extra, *places]
         totals = torch.tensor(numbers, dtype=torch.float64, device=self._device)
         if dist.is_initialized():
             dist.all_reduce(totals)
-            totals[: len(means)] /= dist.get_world_size()
+            totals[: len(means)] /= world
         step_s, waited, decode_s, transform_s, loss, finite, *rest = totals.tolist()
+        extras, by_rank = rest[: len(extra)], rest[len(extra) :]
         self._open()
         return Sums(
             loss=loss / finite if finite else math.nan,
@@ -101,5 +112,6 @@ class Window:
             data_wait_share=waited,
             decode_s=decode_s,
             transform_s=transform_s,
-            extra=rest,
+            extra=extras,
+            most=[max(by_rank[place :: len(most)]) for place in range(len(most))],
         )

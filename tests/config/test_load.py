@@ -68,6 +68,8 @@ def test_sizes_fill_what_is_null():
         ("model.frames=15", "15 is not divisible by model.tubelet = 2"),
         ("model.frames=2", "at least 2 slots"),
         ("train.max_steps=0", "must be positive"),
+        ("train.peak_flops=0", "train.peak_flops: must be positive, got 0"),
+        ("train.peak_flops=H100", "train.peak_flops: expected a number"),
         ("optim.warmup_steps=-5", "must not be negative"),
         ("optim.base_lr=.inf", "expected a finite number"),
         ("data.crop_scales=[2.0]", "must be in (0, 1]"),

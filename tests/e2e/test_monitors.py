@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,15 @@ import torch
 from launching import DS_CONFIGS, Console, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from everest_ds.config.load import load_recipe
+from everest_ds.models import MaskedAutoencoder, forward_macs
+
 SMALL = (
     "data.stride=1 data.workers=0 data.crop_scales=[0.75] data.crop=multiscale model.size=vit_micro "
     "model.image_size=48 train.global_batch=4 train.log_every_steps=2 optim.warmup_steps=0"
 ).split()
-NAMES = "loss lr grad_norm clips_per_s data_wait_share step_s peak_memory_bytes".split()
+NAMES = "loss lr grad_norm clips_per_s mfu data_wait_share step_s peak_memory_bytes".split()
+PEAK_FLOPS = 1e10
 HALF_MATMUL = torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
@@ -57,8 +62,9 @@ def killed(tmp_path_factory: pytest.TempPathFactory, motion_videos: Path, two_ra
     folder = tmp_path_factory.mktemp("killed")
     ds = with_monitors(folder, tensorboard={}, csv_monitor={"output_path": "tables", "job_name": "mine"})
     place = (f"data.train={motion_videos}", f"train.output_dir={folder / 'run'}", "model.decoder_depth=1")
-    command = ("run/pretrain.py", "--ds_config", ds, *SMALL, *place)
-    two_ranks.succeed(*command, "train.max_steps=6", "train.save_every_steps=3")
+    command = ("run/pretrain.py", "--ds_config", ds, *SMALL, *place, f"train.peak_flops={PEAK_FLOPS:g}")
+    done = two_ranks.succeed(*command, "train.max_steps=6", "train.save_every_steps=3")
+    (folder / "first.txt").write_text(done.stderr)
     (folder / "first.json").write_text(json.dumps(metrics(folder / "run")))
     (folder / "run/checkpoints/latest").write_text("step-00000003")
     two_ranks.succeed(*command, "train.max_steps=8", "--resume", "auto")
@@ -79,6 +85,15 @@ def test_monitors_have_what_is_logged_against_optimizer_steps(killed):
     for key in keys:
         assert_same(tables[f"train_{key}"], numbers(written, key))
         assert_same(sorted(pictures[f"train/{key}"]), sorted(numbers(written, key)))
+
+
+def test_mfu_is_the_share_of_the_peak_that_was_stated(killed):
+    macs = forward_macs(MaskedAutoencoder, load_recipe(killed / "run/config.yaml").model)
+    for record in json.loads((killed / "first.json").read_text()):
+        assert record["mfu"] * PEAK_FLOPS * 2 == pytest.approx(record["clips_per_s"] * 6 * macs)
+    said = (killed / "first.txt").read_text()
+    assert said.count("of 0.01 TFLOP/s per device (train.peak_flops)") == 1, said
+    assert re.search(r"^step 6/6  loss .* clips/s  MFU \d+\.\d %  peak \d\.\d GiB  .*left 0:00:00$", said, re.M), said
 
 
 def test_the_resolved_json_names_no_folder_of_this_run(killed):

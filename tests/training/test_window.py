@@ -61,6 +61,14 @@ def test_time_is_that_of_steps(clock):
     assert (sums.loss, sums.extra) == (6.0, [7.0])
 
 
+def test_one_rank_has_the_most_itself(clock):
+    window = Window(torch.device("cpu"))
+    window.add(torch.tensor(1.0))
+    clock.now += 1.0
+    sums = window.reduce([7.0], [3.0, 9.0])
+    assert (sums.extra, sums.most) == ([7.0], [3.0, 9.0])
+
+
 def test_what_the_device_has_yet_to_do_is_in_the_window(clock):
     """Reading waits for it, and the next window begins after that."""
 
