@@ -81,6 +81,8 @@ def start() -> None:
         if local_rank() >= seen:
             raise UserError(f"rank {local_rank()} of its node sees {seen} GPUs: let each rank see all of the node's")
         get_accelerator().set_device(local_rank())
+        # Tokens are scored by products in fp16, whose sums are to stay in fp32 when a kernel splits them, too.
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
 

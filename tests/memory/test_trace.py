@@ -194,7 +194,10 @@ def test_cuda_counts_the_workspace_of_flash_attention():
 
 def test_cuda_counts_what_softmax_takes_in_its_backward_pass():
     model = dataclasses.replace(MICRO, attention="eager")
-    cuda, cpu = (Counter(trace_step(TraceSpec(model=model, device_type=device, precision="fp32")).per_clip) for device in ("cuda", "cpu"))
+    cuda, cpu = (
+        Counter(trace_step(TraceSpec(model=model, device_type=device, precision="fp32")).per_clip)
+        for device in ("cuda", "cpu")
+    )
     # The gradient times the output: in each block another matrix of attention, of which the forward pass keeps one.
     more = cuda - cpu
     assert more.total() == 6

@@ -26,7 +26,8 @@ def weights(size: float = 0.03) -> torch.Tensor:
 def exact(of: torch.Tensor, weight: torch.Tensor, bias: float = 0.0) -> torch.Tensor:
     """Embed normalised pixels and subtract, in fp64, as the method is defined."""
     mean, deviation = (
-        torch.tensor(values, dtype=torch.float64).unsqueeze(1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        torch.tensor(values, dtype=torch.float64).unsqueeze(1)
+        for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     )
     pixels = ((of.double() / 255 - mean) / deviation).flatten(2)
     return distances(F.linear(pixels, weight.double()) + bias, SLOTS)

@@ -30,6 +30,8 @@ def benchmark_main(monkeypatch):
         (["data", "--views", "0"], "--views: must be positive"),
         (["data", "--folder", "{folder}/a file/data"], "--folder: cannot write to"),
         (["data", "--folder", "{folder}", "--manifest", "{folder}/none.csv"], "No such file"),
+        (["scoring", "--clips", "0"], "--clips: must be positive"),
+        (["scoring", "--manifest", "{folder}/none.csv"], "No such file"),
         (["learning", "--seeds", "1,x"], "--seeds: expected whole numbers"),
         (["learning", "--seeds", "1,1"], "--seeds: each once"),
         (["learning", "--side-by-side", "0"], "--side-by-side: must be positive"),
