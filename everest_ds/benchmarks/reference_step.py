@@ -1,9 +1,10 @@
 """The stated baseline of ``tools/benchmark.py step``: the same step, written as the official research code writes it.
 
 What it does that ours doesn't, after reading the official EVEREST and VideoMAE implementations: a Conv3d embedding of
-all tokens with gradient, importance from those embeddings, boolean masks (which cost a host synchronisation on a GPU), attention that materialises its
-matrix, targets of all tokens of which a share is then used, and positions copied anew at every step. It takes the very
-weights of one of our models and, in fp32, gives its loss (``tests/benchmarks/test_step.py``): only the way differs.
+all tokens with gradient, importance from those embeddings, boolean masks (which cost a host synchronisation on a GPU),
+attention that materialises its matrix, targets of all tokens of which a share is then used, and positions copied anew
+at every step. It takes the very weights of one of our models and, in fp32, gives its loss
+(``tests/benchmarks/test_step.py``): only the way differs.
 """
 
 from __future__ import annotations

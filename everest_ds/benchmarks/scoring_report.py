@@ -19,8 +19,8 @@ def report(result: Result, *, command: str) -> list[str]:
         f"{asked.size} at its first weights. {asked.clips} synthetic clips (motion videos at the model's size) and "
         f"{asked.clips} of real videos (random starts and crops), scored in several ways. Against scores in fp64: of "
         "1,000 kept tokens, how many are others, exact ties of fp64 left out; in how many clips any is; and by how "
-        "much a distance is off, as a share of it (mean, largest). Products round as this machine's do; on a CPU those in "
-        "half precision sum in fp32, as tensor cores do.",
+        "much a distance is off, as a share of it (mean, largest). Products round as this machine's do; on a CPU those "
+        "in half precision sum in fp32, as tensor cores do.",
         "",
         *tables.markdown(
             ["clips", "scored by", "others of 1,000 kept", "clips", "off, mean", "off, largest"],
