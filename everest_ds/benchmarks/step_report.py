@@ -21,7 +21,7 @@ def report(result: Result, *, command: str) -> list[str]:
         f"turn, {asked.pairs} rounds. Median (least to most). *Share* is of the fastest plain matrix product of the "
         "step's own four largest shapes, timed in the same round. Arithmetic by the published count: two operations "
         "per multiply-accumulate, the backward pass twice the forward; *done* is the share when only the products that "
-        "our way takes count (pixels get no gradient, nor does the embedding from dropped tokens). *Peak*: tensors "
+        "our way takes count (no gradient of pixels and scores, no embedding of hidden tokens). *Peak*: tensors "
         "beyond the parameters, gradients included.",
         "",
         *tables.markdown(["step", "s", "GFLOP/s", "share", "done", "peak MiB"], [_cells(row) for row in result.rows]),

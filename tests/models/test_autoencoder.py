@@ -123,17 +123,19 @@ def test_rero_keeps_what_changes_and_resolves_ties_by_index():
     assert (visible.tolist(), target.tolist()) == ([[1, 2]], [[0, 3]])
 
 
-def test_a_cpu_scores_in_fp32_whatever_the_precision():
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_half_precision_chooses_what_its_weights_would_choose_in_fp32(device_type):
+    """A GPU's way, products in fp16, runs on a CPU, too."""
     config = small()
-    model = MaskedAutoencoder(config).bfloat16()
+    model = MaskedAutoencoder(config, device_type=device_type).bfloat16()
     batch, noise = clips(config), torch.rand(2, model.noise_length)
     low = model(batch, noise)
     assert low.prediction.dtype == torch.bfloat16
     assert low.loss.dtype == torch.float32
-    weight, bias = model.encoder.patch_embed.weight.float(), model.encoder.patch_embed.bias.float()
     reference = MaskedAutoencoder(config)
-    reference.encoder.patch_embed.load_state_dict({"weight": weight, "bias": bias})
+    reference.encoder.patch_embed.weight.data.copy_(model.encoder.patch_embed.weight)
     assert torch.equal(reference(batch, noise).visible_idx, low.visible_idx)
+
 
 
 def test_patches_fit_together_again():
