@@ -25,10 +25,10 @@ from everest_ds.config.schema import DataConfig, Recipe, check
 from everest_ds.data.dataset import ClipDataset
 from everest_ds.data.manifest import Entry, read_manifest
 from everest_ds.data.synthetic import render_motion
-from everest_ds.memory.arithmetic import FLOPS_PER_MAC, STEP_FLOPS_PER_MAC
+from everest_ds.memory.arithmetic import FLOPS_PER_MAC, step_flops
 from everest_ds.memory.gpus import GPUS
 from everest_ds.memory.objectives import random_batch
-from everest_ds.models import MaskedAutoencoder, forward_macs
+from everest_ds.models import MaskedAutoencoder
 from everest_ds.models.importance import importance
 from everest_ds.models.patches import CHANNELS, GREY_LEVELS, normalise, patchify, take
 from everest_ds.models.selection import most_important
@@ -283,7 +283,7 @@ def shares(model: MaskedAutoencoder, card: str) -> tuple[float, float]:
     per_token = model.encoder.patch_embed.weight.numel() * FLOPS_PER_MAC
     every_token, visible = budget.total * per_token, budget.visible * per_token
     scored = every_token - budget.per_slot * per_token
-    step = STEP_FLOPS_PER_MAC * forward_macs(MaskedAutoencoder, model.config)
-    rest_s = (step - 3 * every_token + visible) / half  # with the embedding's gradient, through the visible tokens
+    # With the embedding's gradient, which comes through the visible tokens.
+    rest_s = (step_flops(model.config) - 3 * every_token + visible) / half
     before_s, now_s = every_token / single, (scored + visible) / half
     return before_s / (before_s + rest_s), now_s / (now_s + rest_s)
