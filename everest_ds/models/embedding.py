@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -57,13 +58,11 @@ class TubeletEmbedding(nn.Linear):
             select_frames: chooses slots first, from their importance; None: all of them.
         """
         budget, slot_idx = self.budget, None
+        score = partial(importance, weight=self.weight, dtype=scoring_dtype(self.weight.dtype, self.device_type))
         with torch.no_grad(), torch.autocast(patches.device.type, enabled=False):
             if select_frames is not None:
-                slot_idx = select_frames(self._importance(patches, budget.candidate_slots))
+                slot_idx = select_frames(score(patches, slots=budget.candidate_slots))
                 patches = take_slots(patches, slot_idx, budget.candidate_slots)
-            visible_idx, target_idx = select(self._importance(patches, budget.slots) if scored else None)
+            visible_idx, target_idx = select(score(patches, slots=budget.slots) if scored else None)
             pixels = normalise(take(patches, visible_idx), self.weight.dtype)
         return VisibleTokens(super().forward(pixels), visible_idx, target_idx, patches, slot_idx)
-
-    def _importance(self, patches: Tensor, slots: int) -> Tensor:
-        return importance(patches, self.weight, slots, scoring_dtype(self.weight.dtype, self.device_type))

@@ -19,12 +19,13 @@ _LARGEST_PRODUCT = torch.finfo(torch.float16).max / 2
 
 
 def scoring_dtype(weight_dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """Return what differences are multiplied in: fp16 where a GPU trains in half precision, else fp32.
+    """Return what differences are multiplied in: fp16 where a GPU computes in half precision, else fp32.
 
-    fp16 for bf16 as well: both hold the differences, and it keeps three more bits of the weights.
+    In half precision are weights, or products by autocast. fp16 for bf16 as well: both hold the differences, and it
+    keeps three more bits of the weights.
     """
-    in_half = device_type != "cpu" and weight_dtype in (torch.float16, torch.bfloat16)
-    return torch.float16 if in_half else torch.float32
+    in_half = weight_dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(device_type)
+    return torch.float16 if in_half and device_type != "cpu" else torch.float32
 
 
 def importance(patches: Tensor, weight: Tensor, slots: int, dtype: torch.dtype) -> Tensor:

@@ -137,7 +137,6 @@ def test_half_precision_chooses_what_its_weights_would_choose_in_fp32(device_typ
     assert torch.equal(reference(batch, noise).visible_idx, low.visible_idx)
 
 
-
 def test_patches_fit_together_again():
     config = small(frames=6, tubelet=3, image_size=40)
     batch = clips(config)

@@ -72,3 +72,12 @@ def test_tensor_cores_score_where_they_train():
     half, single = torch.float16, torch.float32
     assert [scoring_dtype(of, "cuda") for of in (torch.bfloat16, half, single)] == [half, half, single]
     assert [scoring_dtype(of, "cpu") for of in (torch.bfloat16, half, single)] == [single] * 3
+
+
+def test_autocast_is_half_precision_too():
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert scoring_dtype(torch.float32, "cuda") == torch.float16
+        assert scoring_dtype(torch.float32, "cpu") == torch.float32
+    finally:
+        torch.set_autocast_enabled("cuda", False)
