@@ -126,9 +126,11 @@ def test_rero_keeps_what_changes_and_resolves_ties_by_index():
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_half_precision_chooses_what_its_weights_would_choose_in_fp32(device_type):
     """A GPU's way, products in fp16, runs on a CPU, too."""
+    torch.manual_seed(0)
     config = small()
     model = MaskedAutoencoder(config, device_type=device_type).bfloat16()
-    batch, noise = clips(config), torch.rand(2, model.noise_length)
+    # Some columns change more than others: no token is so near to the cut that rounding decides.
+    batch, noise = (clips(config) * torch.linspace(0.1, 1, 48)).to(torch.uint8), torch.rand(2, model.noise_length)
     low = model(batch, noise)
     assert low.prediction.dtype == torch.bfloat16
     assert low.loss.dtype == torch.float32
