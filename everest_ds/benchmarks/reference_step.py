@@ -80,8 +80,9 @@ class ReferenceStep(nn.Module):
 
     def _masks(self, tokens: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Boolean (B, N) masks of the visible and of the target tokens."""
-        scores = distances(tokens, self.model.budget.slots)
-        chosen = self.model.selector.choose(scores, noise, self.model.budget)
+        selector, budget = self.model.selector, self.model.budget
+        scores = distances(tokens, budget.slots) if selector.reads_importance else None
+        chosen = selector.choose(scores, noise, budget)
         empty = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         visible, target = (empty.scatter(1, index, True) for index in chosen)
         return visible, target

@@ -146,6 +146,7 @@ def measure(settings: Settings, say: Callable[[str], None]) -> Result:
     Raises:
         UserError: a setting that can't be, or there are no real videos.
     """
+    ranks.start()  # its choice of sums in fp32 is training's
     torch.manual_seed(0)
     recipe = load_as(Recipe, None, [f"model.size={settings.size}"])
     model = MaskedAutoencoder(recipe.model, device_type=ranks.device().type).to(ranks.device())
@@ -190,7 +191,10 @@ def real_clips(recipe: Recipe, videos: list[Entry]) -> Iterator[Tensor]:
     )
     while True:
         for index in range(len(videos)):
-            yield dataset[epoch, index].clips[0]
+            sample = dataset[epoch, index]
+            if sample.bad:
+                raise UserError(f"--manifest: {sample.bad[0].path} can't be read ({sample.bad[0].reason})")
+            yield sample.clips[0]
         epoch += 1
 
 
@@ -209,11 +213,11 @@ def compare(
         for way, score in WAYS.items():
             found = score(patches, weight, bias, budget.slots).double()
             differing = swapped(exact, kept, most_important(found, budget.kept))
-            errors = ((found - exact).abs() / exact)[exact > 0]
+            errors = torch.where(exact > 0, (found - exact).abs() / exact, 0.0)
             total = counts[way]
             total[0] += differing
             total[1] += differing > 0
-            total[2] += float(errors.mean()) / number
+            total[2] += float(errors.sum()) / max(1, int((exact > 0).sum())) / number
             total[3] = max(total[3], float(errors.max()))
         if done % max(1, number // 10) == 0:
             say(f"{kind}: {done} of {number} clips")
@@ -232,12 +236,15 @@ def compare(
 
 
 def swapped(exact: Tensor, kept: Tensor, otherwise: Tensor) -> int:
-    """Count the tokens that are kept in one way but not by fp64's scores (1, N), its ties with the cut left out."""
+    """Count the tokens that are kept in one way in the place of others that fp64's scores (1, N) keep.
+
+    Its ties with the cut may be kept or not: of two sets that differ by them alone nothing is counted.
+    """
     scores = exact[0]
     cut = scores[kept[0, -1]]
-    chosen = torch.zeros_like(scores, dtype=torch.bool).index_fill(0, kept[0], True)
-    others = otherwise[0][~chosen[otherwise[0]]]
-    return int(((scores[others] - cut).abs() > _TIE * cut).sum())
+    right, found = (torch.zeros_like(scores, dtype=torch.bool).index_fill(0, of[0], True) for of in (kept, otherwise))
+    untied = (scores - cut).abs() > _TIE * cut
+    return max(int((one & ~other & untied).sum()) for one, other in ((found, right), (right, found)))
 
 
 def time_step(model: MaskedAutoencoder, settings: Settings, say: Callable[[str], None]) -> Cost:
@@ -252,7 +259,9 @@ def time_step(model: MaskedAutoencoder, settings: Settings, say: Callable[[str],
 
     @torch.no_grad()
     def now() -> None:
-        embedding(patchify(clips, *model.encoder.cut), lambda scores: selector.choose(scores, noise, budget))
+        embedding(
+            patchify(clips, *model.encoder.cut), lambda scores: selector.choose(scores, noise, budget), scored=True
+        )
 
     @torch.no_grad()
     def before() -> None:

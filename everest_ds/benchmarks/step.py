@@ -285,7 +285,7 @@ def largest_shapes(runner: Runner) -> list[Shape]:
         shape = (args[0].numel() // layer.in_features, layer.in_features, layer.out_features)
         seen[shape] += math.prod(shape)
 
-    # Not the tubelet embedding, a subclass: it multiplies by itself.
+    # Not the tubelet embedding, a subclass: its input is patches, of which it multiplies some.
     layers = [layer for layer in runner.model.modules() if type(layer) is nn.Linear]
     hooks = [layer.register_forward_pre_hook(record) for layer in layers]
     runner.run()

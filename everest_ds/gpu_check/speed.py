@@ -181,7 +181,9 @@ def _choosing(setting: Setting, asked: Asked) -> Values:
     @torch.no_grad()
     def choose() -> None:
         patches = patchify(clips, *model.encoder.cut)
-        model.encoder.patch_embed(patches, lambda scores: model.selector.choose(scores, noise, model.budget))
+        model.encoder.patch_embed(
+            patches, lambda scores: model.selector.choose(scores, noise, model.budget), scored=True
+        )
 
     choose()
     seconds = min(timed(choose) for _ in range(_STEPS))

@@ -35,6 +35,14 @@ class _Fp32Operators(TorchFunctionMode):
 
 @contextlib.contextmanager
 def cuda_like_autocast(dtype: torch.dtype = torch.float16) -> Iterator[None]:
-    """Run CPU tensors under autocast with CUDA's choice of fp32 operators."""
-    with torch.autocast("cpu", dtype=dtype), _Fp32Operators():
-        yield
+    """Run CPU tensors under autocast with CUDA's choice of fp32 operators.
+
+    ``torch.is_autocast_enabled("cuda")`` says so too: models ask for the device that they were built for.
+    """
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        with torch.autocast("cpu", dtype=dtype), _Fp32Operators():
+            yield
+    finally:
+        torch.set_autocast_enabled("cuda", before)

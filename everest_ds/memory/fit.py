@@ -28,7 +28,8 @@ class FitRow:
 
     ``max_micro_batch`` is 0 where not even one clip fits; the bytes are then those of one clip. ``offload`` is none,
     optimizer or optimizer+param. ``upper_bound_clips_per_s`` is per GPU, from the data sheet's peak rate and the
-    step's matrix products alone: no run reaches it. None without a named GPU, or where it lacks the precision.
+    step's matrix products by the published count: no run comes near it. None without a named GPU, or where it lacks
+    the precision.
     """
 
     phase: str

@@ -47,7 +47,7 @@ class TubeletEmbedding(nn.Linear):
         self.budget, self.device_type = budget, device_type
 
     def forward(  # type: ignore[override]
-        self, patches: Tensor, select: Select, scored: bool = True, select_frames: SelectFrames | None = None
+        self, patches: Tensor, select: Select, scored: bool, select_frames: SelectFrames | None = None
     ) -> VisibleTokens:
         """Score the tokens, let ``select`` choose by the scores, and embed those that it makes visible.
 

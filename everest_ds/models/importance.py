@@ -2,7 +2,8 @@
 
 The distance needs no embeddings. The embedding is linear, so its bias and the channels' means cancel, and what is left
 is the product of the weights with differences of uint8 pixels: whole numbers from -255 to 255. fp16 holds those
-exactly. So a GPU scores at the speed of its tensor cores, which sum in fp32, and closer to exact arithmetic than
+exactly. So a GPU scores at the speed of its tensor cores, which sum in fp32 (so do kernels that split a sum, once
+:func:`everest_ds.training.ranks.start` has told them), and closer to exact arithmetic than
 embeddings in half precision that are subtracted afterwards (``tools/benchmark.py scoring`` counts both).
 """
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from everest_ds.models.patches import GREY_LEVELS, deviations
+from everest_ds.models.patches import CHANNELS, GREY_LEVELS, deviations
 
 # Products in fp16 are scaled to end at half of what it holds, whatever the weights and the pixels: sums round upwards.
 _LARGEST_PRODUCT = torch.finfo(torch.float16).max / 2
@@ -55,7 +56,7 @@ def scaled_weight(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
     In fp16 the weights are scaled so that no product overflows; most of them would be too small for it otherwise.
     """
-    per_level = weight.float().unflatten(1, (3, -1)) / (GREY_LEVELS * deviations(weight.device)).unsqueeze(-1)
+    per_level = weight.float().unflatten(1, (CHANNELS, -1)) / (GREY_LEVELS * deviations(weight.device)).unsqueeze(-1)
     per_level = per_level.flatten(1)
     if dtype != torch.float16:
         return per_level.to(dtype), per_level.new_ones(())

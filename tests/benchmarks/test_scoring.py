@@ -11,10 +11,11 @@ def test_ties_with_the_cut_are_nobodys_mistake():
     kept = torch.tensor([[0, 1, 2]])
     assert scoring.swapped(exact, kept, torch.tensor([[1, 0, 3]])) == 0
     assert scoring.swapped(exact, kept, torch.tensor([[0, 2, 4]])) == 1
-    assert scoring.swapped(exact, kept, torch.tensor([[2, 3, 4]])) == 1
+    assert scoring.swapped(exact, kept, torch.tensor([[2, 3, 4]])) == 2
+    assert scoring.swapped(exact, kept, torch.tensor([[0, 2, 3]])) == 1  # lost above the cut
 
 
-def test_differences_keep_what_fp64_keeps_and_official_embeddings_nearly(tmp_path):
+def test_differences_keep_what_fp64_keeps_and_official_embeddings_nearly():
     said: list[str] = []
     result = scoring.measure(scoring.Settings(size="vit_micro", clips=4, batch=1, pairs=1), said.append)
     found = {(row.kind, row.way): row for row in result.agreements}

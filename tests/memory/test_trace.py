@@ -183,6 +183,14 @@ def test_the_heaviest_mixing_of_a_run_counts(settings, kind):
     assert heaviest_mixing(AugmentConfig(**settings)) == kind
 
 
+def test_autocast_scores_in_half_precision_as_a_gpu_does():
+    def largest_in_embedding(precision):
+        trace = trace_step(TraceSpec(model=MICRO, device_type="cuda", precision=precision))
+        return max(size for size, module in zip(trace.per_clip, trace.modules, strict=True) if "patch_embed" in module)
+
+    assert largest_in_embedding("autocast") == largest_in_embedding("bf16") == largest_in_embedding("fp32") // 2
+
+
 def test_cuda_counts_the_workspace_of_flash_attention():
     model = dataclasses.replace(MICRO, attention="fused", checkpointing="full")
     cuda, cpu = (trace_step(TraceSpec(model=model, device_type=device, precision="fp32")) for device in ("cuda", "cpu"))
