@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_iter
 from everest_ds.data.to_device import DeviceBatches
 from everest_ds.memory import states
 from everest_ds.training.average import Average
-from everest_ds.training.whole import partitions
+from everest_ds.training.whole import masters
 
 # Where DeepSpeed's optimizers (0.19) keep the rest, for each stage that has it: attribute and item.
 _BUFFERS = {
@@ -58,7 +58,7 @@ def _tensors(engine: Any, average: Average | None, loader: DeviceBatches) -> Ite
             yield states.PARAMETERS, parameter
         yield from _named(states.GRADIENTS, parameter.grad)
     yield from _named(states.TABLES, list(module.buffers()))
-    for master in partitions(optimizer):
+    for master in masters(engine):
         yield states.MASTERS, master
         yield from _named(states.FP32_GRADIENTS, master.grad)
     inner = getattr(optimizer, "optimizer", optimizer)

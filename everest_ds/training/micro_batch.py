@@ -13,7 +13,7 @@ from everest_ds.config.load import to_tree
 from everest_ds.config.schema import Recipe
 from everest_ds.memory.advice import Stuck, Way
 from everest_ds.memory.elastic import Choice, choose, with_micro_batch
-from everest_ds.memory.gpus import gib
+from everest_ds.memory.gpus import gib, size
 from everest_ds.training import ranks
 from everest_ds.training.engine import resolve
 from everest_ds.training.room import Room, capacity_of, smallest_room
@@ -89,12 +89,12 @@ def advice(recipe: Recipe, raw_ds_config: Mapping[str, Any], batches: Batches, r
     )
     way = stuck.best_way()
     if way is not None and way.fits:
-        return f"what fits, with {gib(way.needed_bytes)}: the same command with {way.words}"
+        return f"what fits, with {size(way.needed_bytes)}: the same command with {way.words}"
     return f"{_least(way)}what would fit: {fit_command(recipe, room.planned_bytes)}"
 
 
 def _least(way: Way | None) -> str:
-    return f"of what was tried {way.words} needs least, {gib(way.needed_bytes)}; " if way is not None else ""
+    return f"of what was tried {way.words} needs least, {size(way.needed_bytes)}; " if way is not None else ""
 
 
 def fit_command(recipe: Recipe, capacity_bytes: int | None = None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from everest_ds.config.batches import Batches
 from everest_ds.config.errors import UserError
 from everest_ds.config.schema import Recipe
-from everest_ds.memory.gpus import gib
+from everest_ds.memory.gpus import size
 from everest_ds.memory.plan import Plan, plan
 from everest_ds.training import ranks
 from everest_ds.training.micro_batch import advice
@@ -46,7 +46,7 @@ def check_memory(
         if room is not None and needed_bytes > room.planned_bytes:
             log.warning(
                 "memory: tight: %s of %s; less would be safer, for allocators can't use every hole between blocks",
-                *(gib(needed_bytes), gib(room.size_bytes)),
+                *(size(needed_bytes), size(room.size_bytes)),
             )
         kept.append(planned)
 
@@ -57,15 +57,15 @@ def check_memory(
 def _line(planned: Plan, needed_bytes: int, room: Room | None) -> str:
     local = ranks.local_world_size()
     on_cpu = planned.device_type == "cpu"
-    together = f", {gib(local * needed_bytes)} for the {local} ranks of this machine" if on_cpu and local > 1 else ""
+    together = f", {size(local * needed_bytes)} for the {local} ranks of this machine" if on_cpu and local > 1 else ""
     offloaded = sum(planned.host.values())
-    host = f" and {gib(offloaded)} of the host's memory" if offloaded and not on_cpu else ""
+    host = f" and {size(offloaded)} of the host's memory" if offloaded and not on_cpu else ""
     there = f"not held against what is free ({FLAG})" if room is None else f"there is {room}"
-    return f"memory: predicted peak {gib(needed_bytes)} per rank{host}{together}; {there}"
+    return f"memory: predicted peak {size(needed_bytes)} per rank{host}{together}; {there}"
 
 
 def _too_much(asked: Recipe, raw_ds_config: dict[str, Any], batches: Batches, needed_bytes: int, room: Room) -> str:
     return (
-        f"memory: a rank needs {gib(needed_bytes)}, and there is {gib(room.size_bytes)} ({room.origin}); "
+        f"memory: a rank needs {size(needed_bytes)}, and there is {size(room.size_bytes)} ({room.origin}); "
         f"{advice(asked, raw_ds_config, batches, room)}; {FLAG} trains all the same"
     )

@@ -147,14 +147,18 @@ def _repeat_bias_correction(inner: Any, holder: Tensor, steps: int) -> None:
     del inner.state[number]
 
 
-def partitions(optimizer: Any) -> list[Tensor]:
-    """Return this rank's parts of the fp32 masters; nothing where the optimizer isn't ZeRO's."""
+def _partitions(optimizer: Any) -> list[Tensor]:
     return next((getattr(optimizer, name) for name in _PARTITIONS if hasattr(optimizer, name)), [])
+
+
+def masters(engine: Any) -> list[Tensor]:
+    """Return what the optimizer works on, on this rank: fp32 masters, or where there are none the parameters."""
+    return _places_of(engine).holders
 
 
 def _places_of(engine: Any) -> _Partitioned | _Undivided:
     optimizer = engine.optimizer
-    if not partitions(optimizer):
+    if not _partitions(optimizer):
         return _Undivided(engine)
     if getattr(optimizer, "swap_optimizer", False):
         return _Swapped(optimizer)
@@ -173,7 +177,7 @@ class _Partitioned:
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer, self.inner = optimizer, optimizer.optimizer
-        self.holders = partitions(optimizer)
+        self.holders = _partitions(optimizer)
         self._stage_3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
 
     def link(self) -> None:
