@@ -14,14 +14,15 @@ from everest_ds.memory.states import Place
 OTHER = "other"
 Items = dict[str, int]
 
-_BY = {"cpu": "resident set", "cuda": "device allocator"}
-_PEAK_OF = {
-    "cpu": (
-        "growth of the process's resident set since before the model was built: with libraries loaded on first use, "
-        "batches of clips, checkpoints and validations, and freed memory that the C library keeps"
-    ),
-    "cuda": "the allocator's blocks since before the model was built: with checkpoints and validations",
-}
+_RESIDENT = (
+    "resident set",
+    "growth of the process's resident set since before the model was built: with libraries loaded on first use, "
+    "batches of clips, checkpoints and validations, and freed memory that the C library keeps",
+)
+_ALLOCATED = (
+    "device allocator",
+    "the allocator's blocks since before the model was built: with checkpoints and validations",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,7 @@ def as_record(planned: Plan, per_rank: Sequence[Measured], *, steps: Iterable[in
         per_rank: what each rank measured.
         steps: the step that the run began, or went on, from, and its last.
     """
+    by, peak_of = _RESIDENT if planned.device_type == "cpu" else _ALLOCATED
     first, most = per_rank[0], max(per_rank, key=lambda measured: measured.peak_bytes)
     predicted_items = held_items(planned)
     reserved = {} if most.reserved_bytes is None else {"peak_reserved_bytes": most.reserved_bytes}
@@ -107,13 +109,13 @@ def as_record(planned: Plan, per_rank: Sequence[Measured], *, steps: Iterable[in
             "nvme": planned.nvme,
         },
         "measured": {
-            "by": _BY[planned.device_type],
+            "by": by,
             "held_bytes": first.held_bytes,
             "held": first.held,
             "peak_bytes": most.peak_bytes,
             **reserved,
             "peak_rank": most.rank,
-            "peak_of": _PEAK_OF[planned.device_type],
+            "peak_of": peak_of,
         },
         "difference": {
             "held": difference(seen_held_bytes(planned), first.held_bytes),

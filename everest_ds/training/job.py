@@ -108,16 +108,8 @@ class Job:
         asked = keep_global_batch(recipe, source)
         recipe, chosen, room = fill_micro_batch(asked, raw_ds_config)
         ds_config, batches = resolve(raw_ds_config, recipe)
-        if precision(ds_config) == "fp16" and zero_stage(ds_config) == 0:
-            raise UserError(
-                "ds_config fp16: DeepSpeed 0.19 divides by the loss scale under ZeRO stage 0 but never multiplies by "
-                "it; use stage 1 (ds_configs/zero1.json), or bf16"
-            )
-        if source is not None and (before := saved_batch(source)) not in (0, batches.total):
-            log.warning(
-                "the global batch was %d and is %d: samples and schedule do not continue where they stopped",
-                *(before, batches.total),
-            )
+        check_precision(ds_config)
+        warn_of_another_batch(source, batches)
         steps_per_epoch = step_sampler(recipe, batches, len(dataset)).steps_per_epoch
         total = recipe.train.max_steps or recipe.train.epochs * steps_per_epoch
         schedule = build_schedule(recipe.optim, batches.total, steps_per_epoch, total)
@@ -142,6 +134,28 @@ class Job:
             validation=validation,
             planned=planned,
             account=account,
+        )
+
+
+def check_precision(ds_config: dict[str, Any]) -> None:
+    """Refuse fp16 at stage 0.
+
+    Raises:
+        UserError: it is asked for.
+    """
+    if precision(ds_config) == "fp16" and zero_stage(ds_config) == 0:
+        raise UserError(
+            "ds_config fp16: DeepSpeed 0.19 divides by the loss scale under ZeRO stage 0 but never multiplies by it; "
+            "use stage 1 (ds_configs/zero1.json), or bf16"
+        )
+
+
+def warn_of_another_batch(source: RunDir | None, batches: Batches) -> None:
+    """Say so where the run that is continued had another global batch."""
+    if source is not None and (before := saved_batch(source)) not in (0, batches.total):
+        log.warning(
+            "the global batch was %d and is %d: samples and schedule do not continue where they stopped",
+            *(before, batches.total),
         )
 
 

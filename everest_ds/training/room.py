@@ -11,7 +11,7 @@ from everest_ds.training import ranks
 
 _MIB = 2**20
 # On a CPU, what libraries take on first use, after this was asked: DeepSpeed's engine, gloo, kernels. Measured by what
-# the resident set of tests/e2e/test_micro_batch.py grows beyond the plan: 88 MiB.
+# the resident set of tests/e2e/test_micro_batch.py grows beyond the plan: 81 MiB.
 _LIBRARIES_BYTES = 128 * _MIB
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from launching import DS_CONFIGS, check_memory_record, deepspeed
+from launching import DS_CONFIGS, check_memory_record
 
 from everest_ds.memory.gpus import size
 
@@ -39,11 +39,11 @@ def test_tensors_held_in_bf16_are_those_predicted(two_ranks, motion_videos, tmp_
     assert last.endswith(f"; {run_dir / 'memory.json'}")
 
 
-def test_what_fits_no_machine_is_refused_in_one_line(many_videos, tmp_path):
-    """Under the launcher, which passes the exit code on; no rank has written anything."""
+def test_what_fits_no_machine_is_refused_in_one_line(two_ranks, many_videos, tmp_path):
+    """On every rank, of which the first speaks; nothing is written."""
     run_dir = tmp_path / "run"
     place = (f"data.train={many_videos}", f"train.output_dir={run_dir}")
-    done = deepspeed(2, "run/pretrain.py", "--ds_config", DS_CONFIGS / "zero2.json", *CLIP, *HUGE, *place)
+    done = two_ranks.run("run/pretrain.py", "--ds_config", DS_CONFIGS / "zero2.json", *CLIP, *HUGE, *place)
     assert done.returncode == 2, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
     (line,) = (line for line in done.stderr.splitlines() if "error: " in line)

@@ -104,7 +104,7 @@ def test_one_rank_with_two_passes_is_two_ranks_with_one(runs, method):
     assert deviation(losses(runs / f"{method}-1x2"), losses(runs / f"{method}-zero2")) < TOLERANCE
 
 
-@pytest.mark.parametrize("case", (*TWO_RANKS, *CHECKPOINTED), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*TWO_RANKS, *CHECKPOINTED], ids=lambda case: case.name)
 def test_tensors_held_are_those_predicted(runs, case):
     check_memory_record(runs / case.name)
 
