@@ -24,7 +24,10 @@ _RESET_PEAK_RSS = "5"  # proc(5), /proc/pid/clear_refs
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Highest memory since the process started: the device allocator's, or on a CPU the process's resident set."""
+    """Highest memory since the process started: the device allocator's, or on a CPU the process's resident set.
+
+    A :class:`PeakSince` makes it begin anew.
+    """
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB
     return torch.get_device_module(device).max_memory_allocated(device)
