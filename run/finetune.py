@@ -38,7 +38,7 @@ def main() -> int:
         # The recipe is checked there: the weights, which take torch to read, bring a part of it.
         from everest_ds.training.finetune import finetune  # noqa: PLC0415
 
-        return finetune(tree, ds_config)
+        return finetune(tree, ds_config, preflight=not arguments.no_preflight)
     return 0
 
 

@@ -35,7 +35,7 @@ def main() -> int:
         # DeepSpeed takes seconds to import: after the checks that don't need it.
         from everest_ds.training.pretrain import pretrain  # noqa: PLC0415
 
-        return pretrain(recipe, ds_config)
+        return pretrain(recipe, ds_config, preflight=not arguments.no_preflight)
     return 0
 
 

@@ -158,5 +158,19 @@ def metrics(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+def check_memory_record(run_dir: Path) -> dict:
+    """See that tensors held came out as predicted, that items sum to them, and return what memory.json holds."""
+    record = json.loads((run_dir / "memory.json").read_text())
+    held, items = record["difference"]["held"], record["difference"]["items"]["device"]
+    assert abs(held["share"]) < 0.01, held
+    for side in ("predicted_bytes", "measured_bytes"):
+        assert sum(item[side] for item in items.values()) == held[side] > 0
+    off = {name: item for name, item in items.items() if abs(item["bytes"]) > 0.01 * held["measured_bytes"]}
+    assert not off, items
+    peak = record["difference"]["peak"]
+    assert peak["measured_bytes"] == max(rank["peak_bytes"] for rank in record["per_rank"]) > 0
+    return record
+
+
 def losses(run_dir: Path) -> list[float]:
     return [record["loss"] for record in metrics(run_dir)]

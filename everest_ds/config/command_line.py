@@ -22,6 +22,9 @@ def training_parser(description: str, kind: type[Recipe], example: str) -> argpa
     parser.add_argument("--ds_config", required=True, help="DeepSpeed JSON, such as ds_configs/zero2.json")
     parser.add_argument("--recipe", help=f"YAML recipe, such as {example}; defaults without one")
     parser.add_argument("--resume", help="auto: continue the run in train.output_dir; or a run directory")
+    parser.add_argument(
+        "--no-preflight", action="store_true", help="train even where memprof says that memory doesn't suffice"
+    )
     return parser
 
 

@@ -21,6 +21,9 @@ from everest_ds.config.schema import OptimConfig, Recipe
 
 log = logging.getLogger(__name__)
 
+# The checkout's files; an installed package has none.
+SHIPPED = Path(__file__).resolve().parents[2] / "ds_configs"
+
 # Eight buckets: all but an eighth of the gradients can travel while the backward pass still computes. DeepSpeed's
 # default, 5e8 elements, is larger than most of our models: a gigabyte per rank that is never filled.
 _BUCKETS = 8

@@ -291,7 +291,7 @@ class TrainConfig:
     global_batch: int | None = setting(None, "clips per optimizer step over all ranks; null: micro_batch x ranks")
     capacity: str | None = setting(
         None,
-        "memory of a device that micro_batch=auto may fill: 80GiB, 80GB or a GPU such as A100-80; null: what is free "
+        "memory of a device that the run may fill: 80GiB, 80GB or a GPU such as A100-80; null: what is free "
         "there less 5 %",
     )
     peak_flops: float | None = setting(

@@ -29,7 +29,12 @@ class Source(Protocol):
 
 
 class Copy(Protocol):
-    """Puts clips on the device, a batch at a time, in turn: ``start``, then ``finish``."""
+    """Puts clips on the device, a batch at a time, in turn: ``start``, then ``finish``.
+
+    ``buffers``: what it keeps there.
+    """
+
+    buffers: list[Tensor]
 
     def start(self, clips: Tensor) -> None:
         """Begin to copy; nothing is waited for."""
@@ -50,16 +55,16 @@ class SideStream:
         self._device = device
         self._backend = backend or torch.get_device_module(device)
         self._stream = self._backend.Stream(device)
-        self._buffers: list[Tensor] = []
+        self.buffers: list[Tensor] = []
         self._turn = self._clips = 0
 
     def start(self, clips: Tensor) -> None:
         """See :class:`Copy`; no more clips than the first time. The host waits for what isn't in pinned memory."""
-        if not self._buffers:
+        if not self.buffers:
             self._allocate(clips)
         self._turn, self._clips = (self._turn + 1) % BUFFERS, len(clips)
         with self._backend.stream(self._stream):
-            self._buffers[self._turn][: self._clips].copy_(clips, non_blocking=True)
+            self.buffers[self._turn][: self._clips].copy_(clips, non_blocking=True)
 
     def finish(self) -> Tensor:
         """See :class:`Copy`."""
@@ -67,13 +72,13 @@ class SideStream:
         computing.wait_stream(self._stream)
         # The other buffer is free once the device has done what it has been given so far: the passes before this one.
         self._stream.wait_stream(computing)
-        return self._buffers[self._turn][: self._clips]
+        return self.buffers[self._turn][: self._clips]
 
     def _allocate(self, clips: Tensor) -> None:
         for _ in range(BUFFERS):
             buffer = torch.empty(clips.shape, dtype=clips.dtype, device=self._device)
             buffer.record_stream(self._stream)  # at the end, a copy may be under way that nobody will read
-            self._buffers.append(buffer)
+            self.buffers.append(buffer)
         # Whoever had this memory before may still be at it.
         self._stream.wait_stream(self._backend.current_stream(self._device))
 
@@ -123,6 +128,11 @@ class DeviceBatches(Iterator[Batch]):
             self._error = error
         if self._ahead is not None:
             self._copy.start(self._ahead.clips)
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """What stays on the device, for clips; nothing where that is the host."""
+        return [] if self._copy is None else self._copy.buffers
 
     def close(self) -> None:
         """End the source."""

@@ -15,7 +15,8 @@ from everest_ds.config.errors import UserError, nearest
 
 GB = 10**9
 GIB = 2**30
-_UNITS = {"GB": GB, "GIB": GIB, "MB": 10**6, "MIB": 2**20, "TB": 10**12, "TIB": 2**40, "B": 1}
+MIB = 2**20
+_UNITS = {"GB": GB, "GIB": GIB, "MB": 10**6, "MIB": MIB, "TB": 10**12, "TIB": 2**40, "B": 1}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([A-Za-z]+)\s*")
 _TERA = 10**12
 _OTHER_KINDS = ("PCIE", "NVL", "MIG")
@@ -97,9 +98,14 @@ class Capacity:
         return f"{self.text} ({both}{'' if self.gpu is None else ', data sheet'})"
 
 
-def gib(size_bytes: int) -> str:
+def gib(size_bytes: float) -> str:
     """Bytes as messages show them."""
     return f"{size_bytes / GIB:.2f} GiB"
+
+
+def size(size_bytes: float) -> str:
+    """Bytes as people read them, small or large."""
+    return gib(size_bytes) if abs(size_bytes) >= GIB else f"{size_bytes / MIB:.1f} MiB"
 
 
 def parse_capacity(text: str, *, key: str = "capacity") -> Capacity:

@@ -17,14 +17,17 @@ from typing import Any
 import psutil
 import torch
 
-from everest_ds.memory.storages import StorageWatch, held_bytes, tensors_in_process
+from everest_ds.memory.storages import StorageWatch, held_bytes, storages_in_process, tensors_in_process
 
 _KIB = 1024
 _RESET_PEAK_RSS = "5"  # proc(5), /proc/pid/clear_refs
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Highest memory since the process started: the device allocator's, or on a CPU the process's resident set."""
+    """Highest memory since the process started: the device allocator's, or on a CPU the process's resident set.
+
+    A :class:`PeakSince` makes it begin anew.
+    """
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB
     return torch.get_device_module(device).max_memory_allocated(device)
@@ -129,6 +132,36 @@ def states_bytes(device: torch.device) -> int:
     if device.type == "cpu":
         return held_bytes()
     return int(torch.get_device_module(device).memory_allocated(device))
+
+
+class Leftover:
+    """Tensors that a process held at a moment: how many bytes of them are still there.
+
+    On a CPU each storage is watched, for some of them may go: weights that were read from a file, say.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        gc.collect()
+        self._bytes = 0 if device.type == "cpu" else states_bytes(device)
+        self._storages = list(storages_in_process()) if device.type == "cpu" else []
+
+    def still_bytes(self) -> int:
+        """Bytes of those that are left."""
+        return self._bytes + sum(storage.nbytes() for reference in self._storages if (storage := reference()))
+
+
+class PeakSince:
+    """Highest memory since a moment: growth of the resident set on a CPU, else blocks of the device's allocator."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._meter = ResidentMeter() if device.type == "cpu" else DeviceMeter(device).__enter__()
+
+    def read(self) -> tuple[int, int | None]:
+        """Return it, and on a device what the allocator had reserved."""
+        if isinstance(self._meter, ResidentMeter):
+            return self._meter.growth_bytes(), None
+        self._meter.__exit__(None, None, None)
+        return self._meter.peaks.allocated_bytes, self._meter.peaks.reserved_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

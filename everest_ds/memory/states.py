@@ -18,6 +18,19 @@ from everest_ds.models.patches import CHANNELS
 
 _STAGE12 = "runtime/zero/stage_1_and_2.py"
 _STAGE3 = "runtime/zero/stage3.py"
+# Names of items, by which what a run holds is measured too (training/held.py).
+PARAMETERS = "parameters"
+MASTERS = "fp32 master parameters"
+MOMENTS = "Adam moments"
+KEPT_WHOLE = "parameters kept whole"
+GRADIENTS = "gradients"
+FP32_GRADIENTS = "fp32 gradients"
+ACCUMULATED = "accumulated gradients"
+PARAMETER_STAGING = "parameter staging buffer"
+GRADIENT_STAGING = "gradient staging buffer"
+REDUCE_BUCKET = "reduce bucket"
+SWAP_BUFFERS = "swap buffers"
+TABLES = "position tables"
 AVERAGE = "averaged weights"
 CLIPS = "clips (this pass's and the next's)"
 Place = Literal["device", "host", "nvme"]
@@ -48,18 +61,18 @@ def states(parameters: Sequence[Parameter], setting: ZeroSetting, buffer_bytes: 
         buffer_bytes: of the model's buffers (position tables), which no stage partitions.
     """
     rows = {0: _stage0, 1: _stage12, 2: _stage12, 3: _stage3}[setting.stage](parameters, setting)
-    buffers = Item(name="position tables", size_bytes=buffer_bytes, formula="fp32 buffers", source="everest_ds.models")
+    buffers = Item(name=TABLES, size_bytes=buffer_bytes, formula="fp32 buffers", source="everest_ds.models")
     return [item for item in (*rows, buffers) if item.size_bytes]
 
 
 def _stage0(parameters: Sequence[Parameter], setting: ZeroSetting) -> Iterator[Item]:
     n, b = sum(p.elements for p in parameters), setting.element_bytes
-    yield Item(name="parameters", size_bytes=n * b, formula="n x b", source="runtime/engine.py")
+    yield Item(name=PARAMETERS, size_bytes=n * b, formula="n x b", source="runtime/engine.py")
     if setting.precision != "fp32":
         where = "runtime/fp16/fused_optimizer.py, FP16_Optimizer.__init__ (fp32_groups_flat)"
-        yield Item(name="fp32 master parameters", size_bytes=n * FP32_BYTES, formula="n x 4", source=where)
+        yield Item(name=MASTERS, size_bytes=n * FP32_BYTES, formula="n x 4", source=where)
     yield Item(
-        name="Adam moments",
+        name=MOMENTS,
         size_bytes=2 * n * FP32_BYTES,
         formula="n x 8",
         source="ops/adam/fused_adam.py, FusedAdam.step (exp_avg, exp_avg_sq)",
@@ -72,13 +85,13 @@ def _stage12(parameters: Sequence[Parameter], setting: ZeroSetting) -> Iterator[
     b, host = setting.element_bytes, setting.offload_optimizer
     place: Place = "host" if host else "device"
     yield Item(
-        name="parameters",
+        name=PARAMETERS,
         size_bytes=padded * b,
         formula="n x b, each group padded to 2 x ranks elements",
         source=f"{_STAGE12}, __init__ (bit16_groups_flat)",
     )
     yield Item(
-        name="fp32 master parameters",
+        name=MASTERS,
         size_bytes=partition * FP32_BYTES,
         formula="p x 4 (a copy even when training in fp32)",
         source=f"{_STAGE12}, __init__ (single_partition_of_fp32_groups)",
@@ -86,7 +99,7 @@ def _stage12(parameters: Sequence[Parameter], setting: ZeroSetting) -> Iterator[
         pinned=host,
     )
     yield Item(
-        name="Adam moments",
+        name=MOMENTS,
         size_bytes=2 * partition * FP32_BYTES,
         formula="p x 8",
         source="ops/adam/cpu_adam.py" if host else "ops/adam/fused_adam.py",
@@ -97,7 +110,7 @@ def _stage12(parameters: Sequence[Parameter], setting: ZeroSetting) -> Iterator[
     if host and setting.accumulation > 1:
         owned = (p for g in groups for p in g.parameters if any(i.rank == setting.rank for i in g.pieces()[p.name]))
         yield Item(
-            name="accumulated gradients",
+            name=ACCUMULATED,
             size_bytes=sum(p.elements for p in owned) * b,
             formula="parameters that reach into p x b",
             source=f"{_STAGE12}, async_accumulate_grad_in_cpu_via_gpu (accumulated_grads_in_cpu)",
@@ -107,7 +120,7 @@ def _stage12(parameters: Sequence[Parameter], setting: ZeroSetting) -> Iterator[
 
 def _stage12_offload(partition: int, largest: int, b: int) -> Iterator[Item]:
     yield Item(
-        name="fp32 gradients",
+        name=FP32_GRADIENTS,
         size_bytes=partition * FP32_BYTES,
         formula="p x 4",
         source=f"{_STAGE12}, initialize_optimizer_states (single_partition_of_fp32_groups.grad)",
@@ -115,7 +128,7 @@ def _stage12_offload(partition: int, largest: int, b: int) -> Iterator[Item]:
         pinned=True,
     )
     yield Item(
-        name="parameter staging buffer",
+        name=PARAMETER_STAGING,
         size_bytes=partition * b,
         formula="p x b",
         source=f"{_STAGE12}, __init__ (param_buffer_of_bit16_for_cpu_offload_groups)",
@@ -124,7 +137,7 @@ def _stage12_offload(partition: int, largest: int, b: int) -> Iterator[Item]:
     )
     for where in ("cpu", "gpu"):
         yield Item(
-            name="gradient staging buffer",
+            name=GRADIENT_STAGING,
             size_bytes=largest * b,
             formula="largest parameter x b",
             source=f"{_STAGE12}, __init__ (temp_grad_buffer_for_{where}_offload)",
@@ -137,7 +150,7 @@ def _stage3(parameters: Sequence[Parameter], setting: ZeroSetting) -> Iterator[I
     partition = sum(share(p, setting.ranks) for p in parameters)
     b, host = setting.element_bytes, setting.offload_optimizer
     yield Item(
-        name="parameters",
+        name=PARAMETERS,
         size_bytes=partition * b,
         formula="p x b, each parameter padded to the ranks",
         source=f"{_STAGE3}, _create_fp16_partitions_with_defragmentation (lp_param_buffer)",
@@ -145,13 +158,13 @@ def _stage3(parameters: Sequence[Parameter], setting: ZeroSetting) -> Iterator[I
         pinned=setting.offload_param,
     )
     yield Item(
-        name="parameters kept whole",
+        name=KEPT_WHOLE,
         size_bytes=sum(share(p, setting.ranks) * setting.ranks * b for p in kept_whole(parameters, setting)),
         formula="those of at most stage3_param_persistence_threshold elements x b",
         source="runtime/zero/parameter_offload.py, mark_persistent_parameters",
     )
     yield Item(
-        name="gradients",
+        name=GRADIENTS,
         size_bytes=partition * b,
         formula="p x b",
         source=f"{_STAGE3}, _setup_for_real_optimizer (grad_partitions_flat_buffer)",
@@ -161,7 +174,7 @@ def _stage3(parameters: Sequence[Parameter], setting: ZeroSetting) -> Iterator[I
     yield from _stage3_optimizer(parameters, setting)
     if setting.contiguous_gradients:
         yield Item(
-            name="reduce bucket",
+            name=REDUCE_BUCKET,
             size_bytes=setting.reduce_bucket * b,
             formula="reduce_bucket_size x b",
             source=f"{_STAGE3}, _setup_for_real_optimizer (IPGBucketZ3.buffer)",
@@ -177,7 +190,7 @@ def _stage3_optimizer(parameters: Sequence[Parameter], setting: ZeroSetting) -> 
         yield from _masters_and_moments(kept, "p", "host" if host else "device")
     if kept and host:
         yield Item(
-            name="fp32 gradients",
+            name=FP32_GRADIENTS,
             size_bytes=kept * FP32_BYTES,
             formula="p x 4",
             source=f"{_STAGE3}, initialize_optimizer_states (fp32_partitioned_groups_flat.grad)",
@@ -190,14 +203,14 @@ def _stage3_optimizer(parameters: Sequence[Parameter], setting: ZeroSetting) -> 
 
 def _masters_and_moments(elements: int, formula: str, place: Place) -> Iterator[Item]:
     yield Item(
-        name="fp32 master parameters",
+        name=MASTERS,
         size_bytes=elements * FP32_BYTES,
         formula=f"{formula} x 4",
         source=f"{_STAGE3}, _create_fp32_partitions",
         place=place,
     )
     yield Item(
-        name="Adam moments",
+        name=MOMENTS,
         size_bytes=2 * elements * FP32_BYTES,
         formula=f"{formula} x 8",
         source="ops/adam/fused_adam.py" if place == "device" else "ops/adam/cpu_adam.py",
@@ -212,14 +225,14 @@ def _swapped(groups: list[list[int]], setting: ZeroSetting) -> Iterator[Item]:
         elements = sum(setting.in_swap_units(sum(group)) for group in on_nvme)
         yield from _masters_and_moments(elements, "p of the sub-groups of 1 MiB or more, in whole KiB,", "nvme")
         yield Item(
-            name="fp32 gradients",
+            name=FP32_GRADIENTS,
             size_bytes=sum(setting.swapped_gradient(piece) for group in on_nvme for piece in group) * FP32_BYTES,
             formula="parts of 1 MiB or more, in whole KiB, x 4",
             source="runtime/swap_tensor/optimizer_utils.py, _swap_out_gradients",
             place="nvme",
         )
     yield Item(
-        name="swap buffers",
+        name=SWAP_BUFFERS,
         size_bytes=setting.swap_buffers * setting.in_swap_units(max(sum(group) for group in groups)) * FP32_BYTES,
         formula="buffer_count x the largest sub-group, in whole KiB, x 4",
         source="runtime/swap_tensor/utils.py, SwapBufferManager.__init__",

@@ -89,6 +89,16 @@ def tensors_in_process() -> Iterable[Tensor]:
             yield thing
 
 
+def storages_in_process(device_type: str = "cpu") -> list[weakref.ref[Any]]:
+    """Return weak references to all tensor storages alive in the process on one kind of device, each once."""
+    found: dict[int, weakref.ref[Any]] = {}
+    for tensor in tensors_in_process():
+        storage = tensor.untyped_storage()
+        if storage.device.type == device_type:
+            found[storage._cdata] = weakref.ref(storage)
+    return list(found.values())
+
+
 def held_bytes(device_type: str = "cpu") -> int:
     """Bytes of all tensor storages alive in the process on one kind of device, each storage once."""
     sizes: dict[int, int] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import copy
+import dataclasses
 import logging
 import shutil
 import tempfile
@@ -23,6 +24,7 @@ from everest_ds.config.ds_config import Facts, resolve_ds_config, zero_stage
 from everest_ds.config.ds_zero import check_nvme_paths, nvme_paths
 from everest_ds.config.errors import UserError
 from everest_ds.config.schema import Recipe
+from everest_ds.memory.plan import facts_for
 from everest_ds.models import MaskedAutoencoder, VideoClassifier, build_network
 from everest_ds.models.parameter_groups import parameter_groups
 from everest_ds.training import ranks
@@ -53,18 +55,14 @@ def build_model(recipe: Recipe) -> MaskedAutoencoder | VideoClassifier:
     return build_network(recipe.model, device_type=ranks.device().type, checkpoint=deepspeed.checkpointing.checkpoint)
 
 
-def describe(model: nn.Module, width: int, world_size: int) -> Facts:
-    """Collect what "auto" values of a DeepSpeed JSON depend on."""
-    sizes = [parameter.numel() for parameter in model.parameters()]
-    return Facts(
-        parameters=sum(sizes),
-        largest=max(sizes),
-        width=width,
-        ranks=world_size,
-        on_cpu=ranks.on_cpu(),
-        bf16_supported=supports("bf16"),
-        fp16_supported=supports("fp16"),
-    )
+def describe(recipe: Recipe) -> Facts:
+    """Collect what "auto" values of a DeepSpeed JSON depend on, of this machine; the model isn't built for it.
+
+    Raises:
+        UserError: the model can't be built so.
+    """
+    planned = facts_for(recipe, ranks.world_size(), ranks.device().type)
+    return dataclasses.replace(planned, bf16_supported=supports("bf16"), fp16_supported=supports("fp16"))
 
 
 def supports(precision: str) -> bool:
@@ -87,14 +85,14 @@ def check_ds_config(ds: dict[str, Any]) -> None:
         raise UserError(f"ds_config: DeepSpeed refuses it: {reason_of(error)}") from error
 
 
-def resolve(raw: dict[str, Any], recipe: Recipe, model: nn.Module) -> tuple[dict[str, Any], Batches]:
-    """Fill a DeepSpeed JSON for this recipe, model and machine, and let DeepSpeed judge the result.
+def resolve(raw: dict[str, Any], recipe: Recipe) -> tuple[dict[str, Any], Batches]:
+    """Fill a DeepSpeed JSON for this recipe and machine, and let DeepSpeed judge the result.
 
     Raises:
         UserError: recipe, JSON and machine don't go together.
     """
     _check_compile(recipe, zero_stage(raw))
-    ds, batches = resolve_ds_config(raw, recipe, describe(model, recipe.model.row.width, ranks.world_size()))
+    ds, batches = resolve_ds_config(raw, recipe, describe(recipe))
     check_ds_config(ds)
     check_nvme_paths(ds)
     return ds, batches

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from everest_ds.config.ds_config import zero_stage
@@ -27,21 +28,22 @@ _KEY = "train.pretrained"
 _FEWEST_CLASSES, _MOST_CLASSES = 2, 100_000
 
 
-def finetune(tree: Mapping[str, Any], raw_ds_config: dict[str, Any]) -> int:
+def finetune(tree: Mapping[str, Any], raw_ds_config: dict[str, Any], *, preflight: bool = True) -> int:
     """Run fine-tuning to its end on this rank. Returns the exit code.
 
     Args:
         tree: what the recipe and its overrides say, see :func:`everest_ds.config.load.read_tree`; the clip's and the
             encoder's shape is the pre-trained model's where the tree doesn't say.
         raw_ds_config: a DeepSpeed JSON as loaded.
+        preflight: whether a run that doesn't fit is refused.
 
     Raises:
-        UserError: anything in the recipe, the JSON, the weights or the data that can't be.
+        UserError: anything in the recipe, the JSON, the weights or the data that can't be, or memory doesn't suffice.
     """
-    return run(prepare(tree, raw_ds_config))
+    return run(prepare(tree, raw_ds_config, preflight=preflight))
 
 
-def prepare(tree: Mapping[str, Any], raw_ds_config: dict[str, Any]) -> Job:
+def prepare(tree: Mapping[str, Any], raw_ds_config: dict[str, Any], *, preflight: bool = True) -> Job:
     """Resolve a fine-tuning run; raises UserError as :func:`finetune` does."""
     train = build(FinetuneTrainConfig, group(tree, "train"), "train.")
     weights = read_weights(train.pretrained, key=_KEY) if train.pretrained else None
@@ -57,21 +59,29 @@ def prepare(tree: Mapping[str, Any], raw_ds_config: dict[str, Any]) -> Job:
         check_labels(listed, classes, key=key)
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, classes=classes))
     source = find_resume(recipe)
-    model = build_model(recipe)
-    assert isinstance(model, VideoClassifier)
-    description = [describe(model, recipe), describe_weights(model, recipe, weights)]
     for doubt in doubtful_labels(lists, classes):
         log.warning("%s", doubt)
     dataset, validation = datasets(recipe, lists)
     return Job.prepare(
         recipe,
         raw_ds_config,
-        model=model,
+        build=partial(load, recipe, weights),
         dataset=dataset,
         source=source,
-        description=description,
         validation=validation,
+        preflight=preflight,
     )
+
+
+def load(recipe: FinetuneRecipe, weights: Weights | None) -> tuple[VideoClassifier, list[str]]:
+    """Return the classifier with the weights in it, and lines about both.
+
+    Raises:
+        UserError: the weights are another model's.
+    """
+    model = build_model(recipe)
+    assert isinstance(model, VideoClassifier)
+    return model, [describe(model, recipe), describe_weights(model, recipe, weights)]
 
 
 def inherit(tree: Mapping[str, Any], weights: Weights | None) -> dict[str, Any]:

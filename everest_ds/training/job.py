@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,8 +22,10 @@ from everest_ds.config.schema import Recipe
 from everest_ds.data.dataset import ClipDataset
 from everest_ds.data.loader import BadSamples, StepSampler, build_loader, handed_over_bytes
 from everest_ds.data.to_device import DeviceBatches
+from everest_ds.memory.plan import Plan
 from everest_ds.models import MaskedAutoencoder, VideoClassifier
 from everest_ds.training import checkpoint_files, ranks
+from everest_ds.training.account import Account, record_memory
 from everest_ds.training.average import Average, build_average
 from everest_ds.training.bad_steps import BadSteps
 from everest_ds.training.checkpoint import FRESH, Checkpoints, Resumed
@@ -38,7 +41,9 @@ from everest_ds.training.monitors import Monitors, placed
 from everest_ds.training.objectives import objective_for
 from everest_ds.training.out_of_memory import explained
 from everest_ds.training.preemption import StopRequest
+from everest_ds.training.preflight import check_memory
 from everest_ds.training.resume import keep_global_batch, saved_batch
+from everest_ds.training.room import capacity_of, smallest_room
 from everest_ds.training.run_dir import RunDir, environment
 from everest_ds.training.schedule import CosineSchedule, build_schedule
 from everest_ds.training.storage import Writers
@@ -50,10 +55,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Everything that can be known, and found wrong, before any process talks to another.
+    """Everything that can be known, and found wrong, before the engine is built.
 
     ``description`` and ``chosen``: lines for rank 0 to say, about the model and about the micro-batch if it was "auto";
-    ``validation``: videos to validate on, in fine-tuning.
+    ``validation``: videos to validate on, in fine-tuning; ``planned``: the memory of a rank, on rank 0;
+    ``account``: what it takes.
     """
 
     recipe: Recipe
@@ -67,6 +73,8 @@ class Job:
     description: list[str]
     chosen: list[str]
     validation: ClipDataset | None
+    planned: Plan | None
+    account: Account
 
     @classmethod
     def prepare(
@@ -74,35 +82,43 @@ class Job:
         recipe: Recipe,
         raw_ds_config: dict[str, Any],
         *,
-        model: MaskedAutoencoder | VideoClassifier,
+        build: Callable[[], tuple[MaskedAutoencoder | VideoClassifier, list[str]]],
         dataset: ClipDataset,
         source: RunDir | None,
-        description: list[str],
         validation: ClipDataset | None = None,
+        preflight: bool = True,
     ) -> Job:
-        """Resolve a recipe and a DeepSpeed JSON for a model and its videos.
+        """Resolve a recipe and a DeepSpeed JSON for a model and its videos; a collective call.
+
+        Args:
+            recipe: of the run.
+            raw_ds_config: the DeepSpeed JSON as loaded.
+            build: makes the model, and lines about it; called once it is known that it fits.
+            dataset: clips to train on.
+            source: the run to continue.
+            validation: videos to validate on.
+            preflight: whether a run that doesn't fit is refused.
 
         Raises:
-            UserError: they don't go together, or the run directory can't be written.
+            UserError: they don't go together, memory doesn't suffice, or the run directory can't be written.
         """
         if recipe.train.micro_batch == AUTO:  # for which the ranks meet: what one of them lacks comes first
             with ranks.naming_the_lost():
                 ranks.start()
                 Writers.of(raw_ds_config).check_source(source)
-        recipe, chosen = fill_micro_batch(keep_global_batch(recipe, source), raw_ds_config, model)
-        ds_config, batches = resolve(raw_ds_config, recipe, model)
-        if precision(ds_config) == "fp16" and zero_stage(ds_config) == 0:
-            raise UserError(
-                "ds_config fp16: DeepSpeed 0.19 divides by the loss scale under ZeRO stage 0 but never multiplies by "
-                "it; use stage 1 (ds_configs/zero1.json), or bf16"
-            )
-        if source is not None and (before := saved_batch(source)) not in (0, batches.total):
-            log.warning(
-                "the global batch was %d and is %d: samples and schedule do not continue where they stopped",
-                *(before, batches.total),
-            )
+        asked = keep_global_batch(recipe, source)
+        recipe, chosen, room = fill_micro_batch(asked, raw_ds_config)
+        ds_config, batches = resolve(raw_ds_config, recipe)
+        check_precision(ds_config)
+        warn_of_another_batch(source, batches)
         steps_per_epoch = step_sampler(recipe, batches, len(dataset)).steps_per_epoch
         total = recipe.train.max_steps or recipe.train.epochs * steps_per_epoch
+        schedule = build_schedule(recipe.optim, batches.total, steps_per_epoch, total)
+        if preflight and room is None:
+            room = smallest_room(capacity_of(recipe.train.capacity))
+        planned = check_memory(asked, recipe, raw_ds_config, ds_config, room if preflight else None)
+        account = Account()
+        model, description = build()
         # Last: a mistake leaves no empty folder behind.
         RunDir(Path(recipe.train.output_dir)).check_writable()
         return cls(
@@ -113,10 +129,34 @@ class Job:
             dataset=dataset,
             source=source,
             steps_per_epoch=steps_per_epoch,
-            schedule=build_schedule(recipe.optim, batches.total, steps_per_epoch, total),
+            schedule=schedule,
             description=description,
             chosen=chosen,
             validation=validation,
+            planned=planned,
+            account=account,
+        )
+
+
+def check_precision(ds_config: dict[str, Any]) -> None:
+    """Refuse fp16 at stage 0.
+
+    Raises:
+        UserError: it is asked for.
+    """
+    if precision(ds_config) == "fp16" and zero_stage(ds_config) == 0:
+        raise UserError(
+            "ds_config fp16: DeepSpeed 0.19 divides by the loss scale under ZeRO stage 0 but never multiplies by it; "
+            "use stage 1 (ds_configs/zero1.json), or bf16"
+        )
+
+
+def warn_of_another_batch(source: RunDir | None, batches: Batches) -> None:
+    """Say so where the run that is continued had another global batch."""
+    if source is not None and (before := saved_batch(source)) not in (0, batches.total):
+        log.warning(
+            "the global batch was %d and is %d: samples and schedule do not continue where they stopped",
+            *(before, batches.total),
         )
 
 
@@ -164,6 +204,7 @@ def _train(job: Job, stop: StopRequest) -> int:
     resumed = checkpoints.load(job.source) if job.source else FRESH
     training = assemble(job, built, average, checkpoints, resumed)
     code = train(training, stop)
+    record_memory(job.account, job.planned, training, run_dir)
     summarise_messages(job.ds_config)
     if code:
         return code

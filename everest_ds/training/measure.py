@@ -144,7 +144,7 @@ class Run:
         model = build_model(recipe)
         # No monitors: what is measured is no run.
         unwatched = {key: value for key, value in raw_ds_config.items() if key not in SECTIONS}
-        ds_config, batches = resolve(unwatched, recipe, model)
+        ds_config, batches = resolve(unwatched, recipe)
         built = initialise(model, recipe, ds_config)
         generator = torch.Generator().manual_seed(recipe.train.seed + ranks.rank())
         batch = random_batch(model, batches.micro, generator)

@@ -8,8 +8,8 @@ import datetime
 import os
 import re
 import socket
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
 
 import deepspeed
 import psutil
@@ -40,6 +40,8 @@ _LONGEST_REASON = 300
 # What gloo says of a rank that is gone, and of where it was.
 _LOST = ("onnection closed by peer", "onnection reset by peer", "onnection refused", "Broken pipe", "Timed out waiting")
 _PEER = re.compile(r"\[([0-9a-fA-F.:]+)\]:\d+")
+
+Found = TypeVar("Found")
 
 _control: Any = None
 _nodes: list[tuple[str, str]] = []  # of each rank: its host and its address
@@ -149,6 +151,28 @@ def gather(value: Any) -> list[Any]:
     found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, value, group=_control)
     return found
+
+
+def from_rank_0(work: Callable[[], Found]) -> Found:
+    """Let rank 0 do something; return on every rank what came of it there.
+
+    A collective call, for which the ranks join their group.
+
+    Raises:
+        UserError: rank 0 met one; every rank ends with it.
+    """
+    found, problem = None, ""
+    with naming_the_lost():
+        start()
+        if is_main():
+            try:
+                found = work()
+            except UserError as error:
+                problem = str(error)
+        found, problem = gather((found, problem))[0]
+    if problem:
+        raise UserError(problem)
+    return cast("Found", found)
 
 
 def host_of(number: int) -> str:

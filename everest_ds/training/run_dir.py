@@ -49,6 +49,11 @@ class RunDir:
         return self.path / "validation.jsonl"
 
     @property
+    def memory(self) -> Path:
+        """What memory a rank was predicted to take, and took."""
+        return self.path / "memory.json"
+
+    @property
     def env(self) -> Path:
         """Versions, accelerator, optimizer."""
         return self.path / "env.json"
@@ -136,11 +141,15 @@ class RunDir:
             self.env: json.dumps(env, indent=2) + "\n",
         }
         for path, text in texts.items():
-            if path.exists() and path.read_text(encoding="utf-8") != text:
-                # A copy: at no time is there no configuration, which a run that is continued must have.
-                kept = _unused(path.with_name(f"{path.stem}.until-step-{from_step}{path.suffix}"))
-                kept.write_bytes(path.read_bytes())
-            files.write(path, text)
+            self.write_kept(path, text, from_step=from_step)
+
+    def write_kept(self, path: Path, text: str, *, from_step: int) -> None:
+        """Write a file, keeping an earlier, different one under another name; raises OSError."""
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            # A copy: at no time is there no configuration, which a run that is continued must have.
+            kept = _unused(path.with_name(f"{path.stem}.until-step-{from_step}{path.suffix}"))
+            kept.write_bytes(path.read_bytes())
+        files.write(path, text)
 
 
 def environment(accelerator: str, device: str, optimizer: str, world_size: int) -> dict[str, Any]:

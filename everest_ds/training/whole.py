@@ -151,6 +151,11 @@ def _partitions(optimizer: Any) -> list[Tensor]:
     return next((getattr(optimizer, name) for name in _PARTITIONS if hasattr(optimizer, name)), [])
 
 
+def masters(engine: Any) -> list[Tensor]:
+    """Return what the optimizer works on, on this rank: fp32 masters, or where there are none the parameters."""
+    return _places_of(engine).holders
+
+
 def _places_of(engine: Any) -> _Partitioned | _Undivided:
     optimizer = engine.optimizer
     if not _partitions(optimizer):

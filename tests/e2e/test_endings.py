@@ -2,7 +2,7 @@
 
 import json
 
-from launching import DS_CONFIGS, run
+from launching import DS_CONFIGS, check_memory_record, run
 
 SETTINGS = (
     "data.stride=1 data.workers=0 data.crop_scales=[0.75] model.size=vit_micro model.image_size=48 "
@@ -34,6 +34,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_unsaved(motion_videos, tmp_path
     assert "not finite" in done.stderr
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["loss"] for record in records[-2:]] == [None, None]
+    assert check_memory_record(folder)["steps"] == [0, len(records)]
     assert not (folder / "checkpoints").exists()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import DS_CONFIGS, Console, deepspeed, losses, metrics
+from launching import DS_CONFIGS, Console, check_memory_record, deepspeed, losses, metrics
 from safetensors.torch import load_file
 
 import everest_ds
@@ -116,6 +116,19 @@ def test_the_run_says_what_of_the_weights_matched(runs):
     assert "50 tensors loaded, 4 new (fc_norm.weight, fc_norm.bias, head.weight, head.bias)" in log
     assert "vit_micro classifier" in log
     assert log.count("not used (decoder.blocks: 12") == len(STAGES) + 7
+
+
+@pytest.mark.parametrize("name", [*STAGES, "checkpointed", "averaged", "stopped", "plain"])
+def test_tensors_held_are_those_predicted(runs, name):
+    record = check_memory_record(runs / name)
+    assert [rank["rank"] for rank in record["per_rank"]] == [0, 1]
+    assert ("averaged weights" in record["measured"]["held"]["device"]) == (name in ("averaged", "stopped"))
+
+
+def test_a_continued_run_keeps_what_it_took_before(runs):
+    """Stopped after a step, which is exit code 75."""
+    found = [json.loads((runs / "stopped" / name).read_text()) for name in ("memory.until-step-1.json", "memory.json")]
+    assert [record["steps"] for record in found] == [[0, 1], [1, 6]]
 
 
 def test_a_finished_run_loads_as_a_classifier(runs):

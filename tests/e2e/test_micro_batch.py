@@ -1,4 +1,4 @@
-"""``train.micro_batch=auto``: what it chooses fits under a limit that the kernel enforces; one clip more does not."""
+"""``train.micro_batch=auto`` and advice: what they choose fits under a limit that the kernel enforces, and no more."""
 
 import re
 
@@ -64,8 +64,25 @@ def test_auto_chooses_what_fits(limited):
     assert (written.micro_batch, written.global_batch) == (FITS, 4)
 
 
+def test_one_clip_more_is_refused_and_what_is_advised_trains(limited):
+    asked = (f"train.micro_batch={FITS + 1}", f"train.global_batch={FITS + 1}")
+    done, run_dir = limited(*asked)
+    assert done.returncode == 2, done.stderr[-3000:]
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("pretrain: error: "))
+    told = re.fullmatch(
+        r"pretrain: error: memory: a rank needs 9\d\d\.\d MiB, and there is \d+\.\d MiB \(train\.capacity .*\); "
+        r"what fits, with 3\d\d\.\d MiB: the same command with (.*); --no-preflight trains all the same",
+        line,
+    )
+    assert told[1] == "train.micro_batch=1"  # of three clips
+    assert not run_dir.path.exists()
+    done, run_dir = limited(*asked, *told[1].split())
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert load_recipe(run_dir.config).train.global_batch == FITS + 1
+
+
 def test_one_clip_more_does_not_fit_and_is_explained(limited):
-    done, run_dir = limited(f"train.micro_batch={FITS + 1}", f"train.global_batch={FITS + 1}")
+    done, run_dir = limited(f"train.micro_batch={FITS + 1}", f"train.global_batch={FITS + 1}", "--no-preflight")
     assert done.returncode == 2, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("pretrain: error: "))

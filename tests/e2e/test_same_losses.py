@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from launching import DS_CONFIGS, Console, losses, run
+from launching import DS_CONFIGS, Console, check_memory_record, losses, run
 
 STEPS = 10
 GLOBAL_BATCH = 8
@@ -104,6 +104,11 @@ def test_one_rank_with_two_passes_is_two_ranks_with_one(runs, method):
     assert deviation(losses(runs / f"{method}-1x2"), losses(runs / f"{method}-zero2")) < TOLERANCE
 
 
+@pytest.mark.parametrize("case", [*TWO_RANKS, *CHECKPOINTED], ids=lambda case: case.name)
+def test_tensors_held_are_those_predicted(runs, case):
+    check_memory_record(runs / case.name)
+
+
 def test_runs_write_what_scripts_rely_on(runs):
     folder = runs / "everest-zero0"
     for name in (
@@ -111,6 +116,7 @@ def test_runs_write_what_scripts_rely_on(runs):
         "ds_config.json",
         "metrics.jsonl",
         "env.json",
+        "memory.json",
         "model.safetensors",
         "checkpoints/latest",
     ):

@@ -2,10 +2,11 @@
 
 import torch
 
-from everest_ds.memory.meters import StorageMeter
+from everest_ds.memory.meters import Leftover, StorageMeter, states_bytes
 from everest_ds.memory.storages import held_bytes
 
 KIB = 1024
+CPU = torch.device("cpu")
 
 
 def new(kib: int) -> torch.Tensor:
@@ -55,3 +56,17 @@ def test_held_bytes_counts_a_shared_storage_once():
     views = [kept[:1], kept[5:]]
     assert len(views) == 2
     assert held_bytes() - before == 512 * KIB
+
+
+def test_what_was_there_before_counts_while_it_is_left():
+    """Weights that were read before the model was built go once they are in it."""
+    stays, goes = torch.zeros(1000), torch.zeros(500)
+    before = Leftover(CPU)
+    view, later = stays[:10], torch.zeros(250)
+    held = states_bytes(CPU)
+    assert held - before.still_bytes() == later.nbytes
+    still = before.still_bytes()
+    del goes, stays
+    assert still - before.still_bytes() == 500 * 4  # the view keeps the other storage
+    assert states_bytes(CPU) - before.still_bytes() == later.nbytes
+    assert view.numel() == 10

@@ -40,7 +40,7 @@ def test_runs_on_one_nvme_have_folders_of_their_own(monkeypatch, tmp_path):
 def test_deepspeeds_throughput_timer_runs_where_the_json_asks_for_it(asked, runs):
     """By default it would: the host waits for the device twice in every pass."""
     recipe = load_recipe(None, ["model.size=vit_micro", "model.image_size=16", "train.micro_batch=2"])
-    ds, _ = engine.resolve(asked, recipe, engine.build_model(recipe))
+    ds, _ = engine.resolve(asked, recipe)
     assert deepspeed.DeepSpeedConfig(ds).timers_config.enabled is runs
 
 

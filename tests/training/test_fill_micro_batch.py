@@ -13,21 +13,17 @@ from everest_ds.memory import meters
 from everest_ds.memory.gpus import GIB, parse_capacity
 from everest_ds.memory.plan import plan
 from everest_ds.training import micro_batch, ranks
-from everest_ds.training.engine import build_model, resolve
-from everest_ds.training.micro_batch import Room, fill_micro_batch, smallest_room
+from everest_ds.training.engine import resolve
+from everest_ds.training.micro_batch import fill_micro_batch
 from everest_ds.training.out_of_memory import explained
+from everest_ds.training.room import Room, smallest_room
 
 MIB = 2**20
 DS = load_ds_config(DS_CONFIGS / "zero2.json")
 KEYS = ("model.size=vit_micro", "model.image_size=64", "train.micro_batch=auto", "train.global_batch=12")
 
 
-@pytest.fixture(scope="module")
-def model():
-    return build_model(load_recipe(None, KEYS))
-
-
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def alone(monkeypatch):
     """No process group."""
     monkeypatch.setattr(ranks, "start", lambda: None)
@@ -38,10 +34,11 @@ def needed(*keys, micro):
     return plan(recipe, DS, ranks=1, device_type="cpu").needed_bytes(micro)
 
 
-def test_the_choice_is_said_in_a_line(monkeypatch, model):
+def test_the_choice_is_said_in_a_line(monkeypatch):
     room = Room(needed(micro=4) + 1, "tested")
     monkeypatch.setattr(micro_batch, "smallest_room", lambda *_: room)
-    recipe, lines = fill_micro_batch(load_recipe(None, KEYS), DS, model)
+    recipe, lines, used = fill_micro_batch(load_recipe(None, KEYS), DS)
+    assert used == room
     assert (recipe.train.micro_batch, recipe.train.global_batch) == (4, 12)
     assert lines == [
         "train.micro_batch=auto: micro-batch 4 x accumulation 3 x ranks 1; predicted peak "
@@ -51,58 +48,61 @@ def test_the_choice_is_said_in_a_line(monkeypatch, model):
 
 def test_numbers_are_left_as_they_are():
     recipe = load_recipe(None, [*KEYS, "train.micro_batch=3"])
-    assert fill_micro_batch(recipe, DS, None) == (recipe, [])
+    assert fill_micro_batch(recipe, DS) == (recipe, [], None)
 
 
 @pytest.mark.parametrize("fits", [True, False])
-def test_where_nothing_fits_what_would_is_named(monkeypatch, model, fits):
+def test_where_nothing_fits_what_would_is_named(monkeypatch, fits):
     keys = ("model.frame_selection.alpha=1.5", "model.image_size=128")
     full = needed(*keys, "model.checkpointing=full", micro=1)
-    room = Room(full if fits else full - 1, "tested")
+    room = Room(full if fits else MIB, "tested")
     assert room.size_bytes < needed(*keys, micro=1)
     monkeypatch.setattr(micro_batch, "smallest_room", lambda *_: room)
     with pytest.raises(UserError) as refused:
-        fill_micro_batch(load_recipe(None, [*KEYS, *keys]), DS, model)
-    told = "and fits" if fits else ": use a ds_config with more of ZeRO, or offload"
-    assert re.fullmatch(
-        r"train\.micro_batch=auto: even one clip does not fit: 0\.\d\d GiB per rank, of 0\.\d\d GiB \(tested\); "
-        rf"model\.checkpointing=full needs 0\.\d\d GiB ?{told}; all that would: python tools/memprof fit --method "
-        rf"everest --model vit_micro --world-size 1 --capacity {room.size_bytes // MIB}MiB --device cpu "
-        r"model\.image_size=128 model\.frame_selection\.alpha=1\.5",
-        str(refused.value),
+        fill_micro_batch(load_recipe(None, [*KEYS, *keys]), DS)
+    told = (
+        r"what fits, with \d+\.\d MiB: the same command with model\.checkpointing=full"
+        if fits
+        else r"of what was tried model\.checkpointing=full( --ds_config ds_configs/\w+\.json)? needs least, "
+        r"\d+\.\d MiB; what would fit: python "
+        r"tools/memprof fit --method everest --model vit_micro --world-size 1 --capacity 1MiB --device cpu "
+        r"model\.image_size=128 model\.frame_selection\.alpha=1\.5"
     )
+    even = r"train\.micro_batch=auto: even one clip does not fit: 0\.\d\d GiB per rank, of 0\.\d\d GiB \(tested\); "
+    assert re.fullmatch(even + told, str(refused.value))
 
 
-def test_the_rank_with_least_room_counts(monkeypatch, alone, model):
+def test_the_rank_with_least_room_counts(monkeypatch):
     smaller = Room(5, "another rank's")
     monkeypatch.setattr(ranks, "gather", lambda value: [value, smaller])
-    assert smallest_room(None, model) == smaller
+    assert smallest_room(None) == smaller
 
 
-def test_room_on_a_cpu(monkeypatch, alone, model):
-    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+def test_room_on_a_cpu(monkeypatch):
     libraries, held = 128 * MIB, 300 * MIB
     monkeypatch.setattr(meters, "available_bytes", lambda device: 4 * GIB)
     monkeypatch.setattr(meters, "resident_bytes", lambda: held)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    free = 2 * GIB + weights - libraries
-    assert smallest_room(None, model) == (int(0.95 * free), "one part in 2 of the free memory, less 5%")
-    stated = smallest_room(parse_capacity("1GiB"), model)
-    assert stated.size_bytes == GIB - held + weights - libraries
+    free = 2 * GIB - libraries
+    assert smallest_room(None) == (free, "one part in 2 of the free memory", 0.05)
+    stated = smallest_room(parse_capacity("1GiB"))
+    assert stated.size_bytes == GIB - held - libraries
     assert stated.origin == "train.capacity 1GiB less 0.42 GiB for process and libraries"
-    assert smallest_room(parse_capacity("100MiB"), model).size_bytes == 0
+    assert smallest_room(parse_capacity("100MiB")).size_bytes == 0
     # Never more than there is.
-    assert smallest_room(parse_capacity("80GiB"), model) == (free, "one part in 2 of the free memory")
+    assert smallest_room(parse_capacity("80GiB")) == (free, "one part in 2 of the free memory", 0)
 
 
-def test_room_on_a_gpu(monkeypatch, alone, model):
+def test_room_on_a_gpu(monkeypatch):
     """The plan counts the context, which is there already when the device is asked what is free."""
     monkeypatch.setattr(ranks, "device", lambda: torch.device("cuda"))
     monkeypatch.setattr(meters, "available_bytes", lambda device: 78 * GIB)
     free = 78 * GIB + 500 * MIB
-    assert smallest_room(None, model) == (int(0.95 * free), "free on the device, less 5%")
-    assert smallest_room(parse_capacity("A100-80"), model) == (80 * 10**9, "train.capacity A100-80")
-    assert smallest_room(parse_capacity("80GiB"), model) == (free, "free on the device")
+    room = smallest_room(None)
+    assert (room, room.planned_bytes) == ((free, "free on the device", 0.05), int(0.95 * free))
+    assert str(room) == "74.56 GiB (free on the device, less 5%)"
+    assert smallest_room(parse_capacity("A100-80")) == (80 * 10**9, "train.capacity A100-80", 0)
+    assert smallest_room(parse_capacity("80GiB")) == (free, "free on the device", 0)
 
 
 def test_a_control_group_leaves_less(tmp_path):
@@ -123,5 +123,5 @@ def test_a_control_group_leaves_less(tmp_path):
 )
 def test_out_of_memory_advises_what_was_not_tried(keys, was_auto, advice):
     recipe = load_recipe(None, [*KEYS, *keys, "train.micro_batch=4"])
-    ds_config, batches = resolve(DS, recipe, build_model(recipe))
+    ds_config, batches = resolve(DS, recipe)
     assert advice in str(explained(recipe, ds_config, batches, was_auto=was_auto))

@@ -12,10 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from everest_ds.config.ds_config import load_ds_config
+from everest_ds.config.ds_config import SHIPPED, load_ds_config
 from everest_ds.config.errors import UserError, nearest
 
-SHIPPED = Path(__file__).resolve().parents[2] / "ds_configs"
 _WIDTH_OF_A_FILE = 160  # characters; a table that goes into a file or a pipe isn't folded to a terminal's 80
 
 

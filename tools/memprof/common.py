@@ -16,8 +16,6 @@ from everest_ds.config.finetuning import PHASES
 from everest_ds.config.load import load_as
 from everest_ds.config.schema import Recipe
 
-GIB = 2**30
-_MIB = 2**20
 _CLASSES = 400  # of Kinetics-400, the paper's data set
 
 
@@ -89,8 +87,3 @@ def print_json(value: Any) -> None:
 def show(table: Table) -> None:
     """Write a table to stdout."""
     Console(file=sys.stdout).print(table)
-
-
-def size(size_bytes: float) -> str:
-    """Bytes as people read them, in binary units."""
-    return f"{size_bytes / GIB:.2f} GiB" if abs(size_bytes) >= GIB else f"{size_bytes / _MIB:.1f} MiB"

@@ -12,6 +12,7 @@ from everest_ds.config.errors import UserError
 from everest_ds.config.finetuning import phase_of
 from everest_ds.config.load import to_tree
 from everest_ds.config.schema import Recipe
+from everest_ds.memory.gpus import size
 from tools.memprof import common
 from tools.memprof.launch import launch
 
@@ -85,8 +86,8 @@ def check_room(planned: Plan) -> None:
     if needed > (1 - RESERVE) * free:
         ranks = planned.setting.ranks
         raise UserError(
-            f"measure: {planned.name}: the processes of {ranks} ranks need {common.size(needed)}, and "
-            f"{common.size(free)} is free, of which {RESERVE:.0%} are left alone; try fewer --ranks, a smaller "
+            f"measure: {planned.name}: the processes of {ranks} ranks need {size(needed)}, and "
+            f"{size(free)} is free, of which {RESERVE:.0%} are left alone; try fewer --ranks, a smaller "
             "--micro-batch, --precision bf16, or ds_configs/zero3_nvme.json"
         )
 
@@ -111,13 +112,12 @@ def job(recipe: Recipe, ds_config: dict[str, Any], *, steps: int, name: str) -> 
 
 def compare(planned: Plan, per_rank: list[dict[str, Any]]) -> dict[str, Any]:
     """Put the prediction beside the rank that needed most. On a CPU device and host are one memory."""
-    from everest_ds.memory.traffic import message_bytes  # noqa: PLC0415 - torch, as above
+    from everest_ds.memory.record import seen_held_bytes, seen_peak_bytes  # noqa: PLC0415 - torch, as above
+    from everest_ds.memory.traffic import message_bytes  # noqa: PLC0415
 
     measured = max(per_rank, key=lambda m: m["measured_peak_bytes"])
     on_cpu = planned.device_type == "cpu"
-    # The allocator knows nothing of the context and of NCCL: tensors are compared with tensors.
-    outside = sum(planned.overheads.items(planned.setting.ranks).values()) - planned.overheads.libraries_bytes
-    comparable = planned.process_peak_bytes if on_cpu else planned.predicted_peak_bytes - outside
+    comparable = seen_peak_bytes(planned)
     return {
         "predicted_peak_bytes": planned.predicted_peak_bytes,
         "device": planned.device,
@@ -130,8 +130,7 @@ def compare(planned: Plan, per_rank: list[dict[str, Any]]) -> dict[str, Any]:
         "residual_bytes": measured["measured_peak_bytes"] - comparable,
         "predicted_resident_bytes": planned.process_peak_bytes if on_cpu else sum(planned.host.values()),
         "rss_growth_bytes": measured["rss_growth_bytes"],
-        # What a meter sees: on a CPU the host's memory is the device's.
-        "predicted_states_bytes": planned.states_bytes if on_cpu else planned.held_bytes("device"),
+        "predicted_states_bytes": seen_held_bytes(planned),
         "states_bytes": measured["states_bytes"],
         "predicted_message_bytes": message_bytes(planned),
         "message_bytes": sum(measured["messages"].values()),
@@ -160,8 +159,8 @@ def comparison_table(result: dict[str, Any]) -> Table:
         rows.append(("resident set growth", result["predicted_resident_bytes"], result["rss_growth_bytes"]))
     for name, predicted, measured in rows:
         residual = measured - predicted
-        share = f"{common.size(residual)} ({100 * residual / max(measured, 1):+.2f} %)"
-        table.add_row(name, common.size(predicted), common.size(measured), share)
+        share = f"{size(residual)} ({100 * residual / max(measured, 1):+.2f} %)"
+        table.add_row(name, size(predicted), size(measured), share)
     table.add_section()
     peak_share = 100 * result["flops_per_s"] / result["matmul_flops_per_s"]
     table.add_row("step", "", f"{result['step_s']:.3f} s", f"spread {result['step_spread_s']:.3f} s")

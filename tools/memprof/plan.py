@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from everest_ds.memory.gpus import size
 from tools.memprof import common
 
 if TYPE_CHECKING:
@@ -68,13 +69,13 @@ def items_table(planned: Plan) -> Table:
     table.add_column("", justify="right")
     for where, items in (("device", planned.device), ("host", planned.host), ("nvme", planned.nvme)):
         for name, size_bytes in items.items():
-            table.add_row(name, where, f"{size_bytes:,}", common.size(size_bytes))
+            table.add_row(name, where, f"{size_bytes:,}", size(size_bytes))
     table.add_section()
-    table.add_row("peak", "device", f"{planned.predicted_peak_bytes:,}", common.size(planned.predicted_peak_bytes))
+    table.add_row("peak", "device", f"{planned.predicted_peak_bytes:,}", size(planned.predicted_peak_bytes))
     for where, items in (("host", planned.host), ("nvme", planned.nvme)):
         if items:
             total = sum(items.values())
-            table.add_row("held", where, f"{total:,}", common.size(total))
+            table.add_row("held", where, f"{total:,}", size(total))
     return table
 
 
@@ -82,9 +83,9 @@ def together(planned: Plan) -> str:
     """What ranks on the CPU of one machine take."""
     from everest_ds.memory.processes import LAUNCHER_BYTES, RANK_BYTES, together_bytes  # noqa: PLC0415 - as above
 
-    own, launcher = common.size(RANK_BYTES), common.size(LAUNCHER_BYTES)
+    own, launcher = size(RANK_BYTES), size(LAUNCHER_BYTES)
     return (
-        f"ranks of this machine together: {common.size(together_bytes(planned))}, with {own} of interpreter and "
+        f"ranks of this machine together: {size(together_bytes(planned))}, with {own} of interpreter and "
         f"libraries each and {launcher} of the launcher"
     )
 
@@ -97,7 +98,7 @@ def traffic_table(planned: Plan) -> Table:
     for column in ("what", "collective", "messages", "leaves the rank"):
         table.add_column(column, justify="right" if column in ("messages", "leaves the rank") else "left")
     for message in messages(planned):
-        sizes = (common.size(message.size_bytes), common.size(message.sent_bytes))
+        sizes = (size(message.size_bytes), size(message.sent_bytes))
         table.add_row(message.name, message.collective, *sizes)
     return table
 

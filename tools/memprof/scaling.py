@@ -11,7 +11,7 @@ from rich.table import Table
 from everest_ds.config.errors import UserError
 from everest_ds.config.load import load_recipe
 from everest_ds.memory.compare import METHODS
-from everest_ds.memory.gpus import GPUS, gpu_hint, named_gpu
+from everest_ds.memory.gpus import GPUS, gpu_hint, named_gpu, size
 from everest_ds.memory.plan import plan
 from everest_ds.memory.scaling import Cluster, Scaling, ScalingRow
 from everest_ds.memory.scaling_report import TITLE, Checked, Page
@@ -136,9 +136,9 @@ def table(rows: list[ScalingRow]) -> Table:
     for rate in networks:
         shown.add_column(f"{rate} Gb/s", justify="right")
     for row in rows:
-        memory = common.size(row.predicted_peak_bytes) + ("" if row.fits else " OOM")
+        memory = size(row.predicted_peak_bytes) + ("" if row.fits else " OOM")
         numbers = (str(row.gpus), str(row.global_batch), memory, str(row.largest_micro_batch))
         seconds = f"{row.compute_s:.3f} s"
         shares = (f"{row.efficiency[rate]:.0%}" for rate in networks)
-        shown.add_row(row.model, row.method, row.ds_config, *numbers, common.size(row.sent_bytes), seconds, *shares)
+        shown.add_row(row.model, row.method, row.ds_config, *numbers, size(row.sent_bytes), seconds, *shares)
     return shown
