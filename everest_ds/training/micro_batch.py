@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -87,6 +88,8 @@ def advice(recipe: Recipe, raw_ds_config: Mapping[str, Any], batches: Batches, r
         capacity_bytes=room.planned_bytes,
         device_type=ranks.device().type,
     )
+    # Seconds for small models, a minute for ViT-g.
+    print("memory: more than there is; planning what would fit", file=sys.stderr, flush=True)
     way = stuck.best_way()
     if way is not None and way.fits:
         return f"what fits, with {size(way.needed_bytes)}: the same command with {way.words}"
