@@ -23,7 +23,9 @@ def training_parser(description: str, kind: type[Recipe], example: str) -> argpa
     parser.add_argument("--recipe", help=f"YAML recipe, such as {example}; defaults without one")
     parser.add_argument("--resume", help="auto: continue the run in train.output_dir; or a run directory")
     parser.add_argument(
-        "--no-preflight", action="store_true", help="train even where memprof says that memory doesn't suffice"
+        "--no-preflight",
+        action="store_true",
+        help="train even where the planner says that memory doesn't suffice; train.micro_batch=auto still asks it",
     )
     return parser
 

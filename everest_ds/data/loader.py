@@ -92,7 +92,8 @@ class StepSampler(Sampler[list[Key]]):
             clips = self._per_step * clips_per_video
             raise UserError(
                 f"{key}: {videos} videos are fewer than the {self._per_step} that one step of {clips} clips takes; "
-                f"lower train.global_batch to {videos * clips_per_video} or less, or list more videos"
+                f"lower the global batch (train.global_batch, or train.micro_batch x ranks) to "
+                f"{videos * clips_per_video} or less, or list more videos"
             )
 
     @property

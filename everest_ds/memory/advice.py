@@ -7,18 +7,19 @@ DeepSpeed files, from the one that changes least.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from everest_ds.config.batches import ACCUMULATION, AUTO, GLOBAL, MICRO, Batches
-from everest_ds.config.ds_config import SHIPPED, load_ds_config, precision, resolve_ds_config, zero_stage
+from everest_ds.config.ds_config import SHIPPED, load_ds_config, products_precision, resolve_ds_config, zero_stage
 from everest_ds.config.finetuning import FinetuneRecipe
 from everest_ds.config.schema import Recipe
 from everest_ds.memory.elastic import choose, with_micro_batch
 from everest_ds.memory.fit import modes_of
-from everest_ds.memory.plan import facts_for, plan
+from everest_ds.memory.plan import Plan, facts_for, plan
 
 # Those that need nothing of a machine: no folder on NVMe, no ranks in nodes of eight.
 _ORDER = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -43,6 +44,7 @@ class Stuck:
         batches: clips of a pass, passes and ranks.
         capacity_bytes: what one rank may fill.
         device_type: "cuda" or "cpu".
+        host_bytes: what a rank of a GPU may take of the host's memory, for what is offloaded; None: any.
     """
 
     recipe: Recipe
@@ -50,6 +52,7 @@ class Stuck:
     batches: Batches
     capacity_bytes: int
     device_type: str
+    host_bytes: int | None = None
 
     def best_way(self) -> Way | None:
         """Return the first way that fits; where none does, the one that needs least; None if there is none to try."""
@@ -81,34 +84,41 @@ class Stuck:
         averages = isinstance(recipe, FinetuneRecipe) and recipe.train.ema_decay
         if zero_stage(ds_config) == 3 and (averages or recipe.train.compile):
             return False
-        return not _states_precision(self.ds_config) or self._precision(ds_config) == self._precision(self.ds_config)
+        return self._precision(ds_config) == self._precision(self.ds_config)
 
     def _precision(self, ds_config: Mapping[str, Any]) -> str:
         recipe = with_micro_batch(self.recipe, self.batches.micro)
         bare = {key: value for key, value in ds_config.items() if key not in (GLOBAL, MICRO, ACCUMULATION)}
-        return precision(resolve_ds_config(bare, recipe, facts_for(recipe, self.batches.ranks, self.device_type))[0])
+        facts = facts_for(recipe, self.batches.ranks, self.device_type)
+        return products_precision(resolve_ds_config(bare, recipe, facts)[0])
 
     def _way(self, name: str, ds_config: Mapping[str, Any], mode: str) -> Way:
         model = dataclasses.replace(self.recipe.model, checkpointing=mode)  # type: ignore[arg-type]
         train = dataclasses.replace(self.recipe.train, global_batch=self.batches.total)
         recipe = dataclasses.replace(self.recipe, model=model, train=train)
-        micro, needed_bytes = self._plan(recipe, dict(ds_config))
+        planned, micro = self._plan(recipe, dict(ds_config))
+        needed_bytes = planned.needed_bytes(micro)
+        on_host = sum(planned.host.values()) if self.host_bytes is not None else 0
         words = [
             *self._batch_words(micro, own=not name),
             *([] if mode == self.recipe.model.checkpointing else [f"model.checkpointing={mode}"]),
-            *([f"--ds_config {name}"] if name else []),
+            *(["--ds_config", name] if name else []),
         ]
-        return Way(words=" ".join(words), needed_bytes=needed_bytes, fits=needed_bytes <= self.capacity_bytes)
+        return Way(
+            words=shlex.join(words),
+            needed_bytes=needed_bytes,
+            fits=needed_bytes <= self.capacity_bytes and on_host <= (self.host_bytes or 0),
+        )
 
-    def _plan(self, recipe: Recipe, ds_config: dict[str, Any]) -> tuple[int, int]:
-        """Return the largest micro-batch that fits, or the smallest there is, and what a rank needs with it."""
+    def _plan(self, recipe: Recipe, ds_config: dict[str, Any]) -> tuple[Plan, int]:
+        """Return a plan and the largest micro-batch that fits by it, or the smallest there is."""
         ranks, device_type = self.batches.ranks, self.device_type
         if _fixed(ds_config) & {MICRO, ACCUMULATION}:  # by the JSON, which no word of the command changes
             micro = self.batches.micro
             planned = plan(with_micro_batch(recipe, micro), ds_config, ranks=ranks, device_type=device_type)
-            return micro, planned.needed_bytes(micro)
+            return planned, micro
         found = choose(recipe, ds_config, ranks=ranks, capacity_bytes=self.capacity_bytes, device_type=device_type)
-        return found.batches.micro, found.needed_bytes
+        return found.plan, found.batches.micro
 
     def _batch_words(self, micro: int, *, own: bool) -> list[str]:
         """Say the batch as far as it changes; ``own``: under the run's JSON, whose numbers another lacks."""
@@ -124,10 +134,6 @@ class Stuck:
 
 def _fixed(ds_config: Mapping[str, Any]) -> set[str]:
     return {key for key in (GLOBAL, MICRO, ACCUMULATION) if ds_config.get(key, AUTO) != AUTO}
-
-
-def _states_precision(ds_config: Mapping[str, Any]) -> bool:
-    return any((ds_config.get(name) or {}).get("enabled", AUTO) != AUTO for name in ("bf16", "fp16"))
 
 
 def _from_here(path: Path) -> str:

@@ -276,8 +276,8 @@ def _left_in_control_groups(root: Path = Path("/sys/fs/cgroup")) -> Iterator[int
         for group in (own, *own.parents[: len(own.relative_to(root).parts)]):
             with contextlib.suppress(OSError, ValueError):  # the root has no limit, and "max" is none
                 limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-                cached = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
-                yield limit - used + (int(cached[1]) if cached else 0)
+                cached = re.findall(r"^(?:in)?active_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+                yield limit - used + sum(map(int, cached))
 
 
 def _proc_status() -> list[str]:

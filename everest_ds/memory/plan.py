@@ -25,7 +25,7 @@ from everest_ds.config.schema import ModelConfig, Recipe
 from everest_ds.data.ahead import pinned_bytes
 from everest_ds.memory.overheads import Overheads, overheads_for
 from everest_ds.memory.setting import ZeroSetting
-from everest_ds.memory.states import Item, Place, averaged_weights, clips_ahead, states
+from everest_ds.memory.states import REDUCE_BUCKET, Item, Place, averaged_weights, clips_ahead, states
 from everest_ds.memory.step import Step
 from everest_ds.memory.step_zero3 import StepZero3
 from everest_ds.memory.step_zero12 import StepZero12
@@ -118,7 +118,21 @@ class Plan:
 
     def needed_bytes(self, micro_batch: int) -> int:
         """What must fit a device at another micro-batch: its peak, and on a CPU, one memory, the host's share too."""
-        return self.peak(micro_batch) + (sum(self.host.values()) if self.device_type == "cpu" else 0)
+        if self.device_type != "cpu":
+            return self.peak(micro_batch)
+        return self._touched.peak(micro_batch) + sum(self.host.values())
+
+    @cached_property
+    def _touched(self) -> Plan:
+        """The plan without what is allocated but never written, and so takes no memory of a CPU's.
+
+        That is the rest of a bucket which is larger than all gradients.
+        """
+        filled = min(self.setting.reduce_bucket, self.trace.elements)
+        setting = dataclasses.replace(self.setting, reduce_bucket=filled)
+        buckets = {item.name: item for item in states(self.trace.parameters, setting, self.trace.buffer_bytes)}
+        items = [buckets.get(item.name, item) if item.name == REDUCE_BUCKET else item for item in self.states]
+        return dataclasses.replace(self, setting=setting, states=items)
 
     def peaks(self, micro_batches: Iterable[int]) -> dict[int, int]:
         """The device's peak at each of many micro-batches."""

@@ -52,6 +52,12 @@ def seen_peak_bytes(planned: Plan) -> int:
     return planned.predicted_peak_bytes - outside
 
 
+def _growth_or_blocks(planned: Plan) -> int:
+    """Return what of a plan's peak :attr:`Measured.peak_bytes` is to be held against."""
+    on_cpu = planned.device_type == "cpu"
+    return planned.needed_bytes(planned.batches.micro) if on_cpu else seen_peak_bytes(planned)
+
+
 def seen_held_bytes(planned: Plan) -> int:
     """Return what a meter sees of what is held between steps: on a CPU the host's memory is the device's."""
     return planned.held_bytes(*_places(planned)["device"])
@@ -119,7 +125,7 @@ def as_record(planned: Plan, per_rank: Sequence[Measured], *, steps: Iterable[in
         },
         "difference": {
             "held": difference(seen_held_bytes(planned), first.held_bytes),
-            "peak": difference(seen_peak_bytes(planned), most.peak_bytes),
+            "peak": difference(_growth_or_blocks(planned), most.peak_bytes),
             "items": {place: _by_item(items, first.held.get(place, {})) for place, items in predicted_items.items()},
         },
         "not_measured": "what the peak is made of, items in files (nvme)",
@@ -134,9 +140,14 @@ def _by_item(predicted: Items, measured: Items) -> dict[str, Any]:
 
 def in_a_line(record: Mapping[str, Any]) -> str:
     """Return what a record says, for people."""
-    held, peak = (_in_words(record["difference"][name]) for name in ("held", "peak"))
-    return f"memory: held between steps {held}; peak {peak} ({record['measured']['by']})"
+    measured, (held, peak) = record["measured"], (record["difference"][name] for name in ("held", "peak"))
+    told = f"memory: held between steps {_in_words(held)} ({held['share']:+.1%}); "
+    if "peak_reserved_bytes" in measured:
+        reserved = size(measured["peak_reserved_bytes"])
+        return f"{told}peak allocated {_in_words(peak)} ({peak['share']:+.1%}), reserved {reserved}"
+    # No share: it holds more than the plan speaks of.
+    return f"{told}the resident set grew by {_in_words(peak)} of tensors"
 
 
 def _in_words(pair: Mapping[str, Any]) -> str:
-    return f"{size(pair['measured_bytes'])}, predicted {size(pair['predicted_bytes'])} ({pair['share']:+.1%})"
+    return f"{size(pair['measured_bytes'])}, predicted {size(pair['predicted_bytes'])}"

@@ -56,13 +56,21 @@ def record_memory(account: Account, planned: Plan | None, run: Training, run_dir
     """
     if run.step == run.resumed.step:
         return
-    per_rank = ranks.gather(account.read(run))
-    if planned is None:
+    per_rank = ranks.gather(_read(account, run))
+    if planned is None or None in per_rank:
         return
     record = as_record(planned, per_rank, steps=(run.resumed.step, run.step))
     try:
         run_dir.write_kept(run_dir.memory, json.dumps(record, indent=2) + "\n", from_step=run.resumed.step)
-    except OSError as error:
-        log.warning("%s: cannot be written (%s)", run_dir.memory, error.strerror)
+    except (OSError, ValueError) as error:
+        log.warning("%s: cannot be written (%s)", run_dir.memory, error)
         return
     print(f"{in_a_line(record)}; {run_dir.memory}", file=sys.stderr, flush=True)
+
+
+def _read(account: Account, run: Training) -> Measured | None:
+    try:
+        return account.read(run)
+    except Exception as error:
+        log.warning("memory.json: not written, please report it: %s: %s", type(error).__name__, error)
+        return None

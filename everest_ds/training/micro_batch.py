@@ -12,12 +12,12 @@ from everest_ds.config.errors import UserError
 from everest_ds.config.finetuning import ClassifierConfig
 from everest_ds.config.load import to_tree
 from everest_ds.config.schema import Recipe
-from everest_ds.memory.advice import Stuck, Way
+from everest_ds.memory.advice import Stuck
 from everest_ds.memory.elastic import Choice, choose, with_micro_batch
 from everest_ds.memory.gpus import gib, size
 from everest_ds.training import ranks
 from everest_ds.training.engine import resolve
-from everest_ds.training.room import Room, capacity_of, smallest_room
+from everest_ds.training.room import Room, capacity_of, host_room_bytes, smallest_room
 
 _MIB = 2**20
 _AUTO_KEY = "train.micro_batch=auto"
@@ -87,17 +87,19 @@ def advice(recipe: Recipe, raw_ds_config: Mapping[str, Any], batches: Batches, r
         batches=batches,
         capacity_bytes=room.planned_bytes,
         device_type=ranks.device().type,
+        host_bytes=host_room_bytes(),
     )
     # Seconds for small models, a minute for ViT-g.
     print("memory: more than there is; planning what would fit", file=sys.stderr, flush=True)
     way = stuck.best_way()
     if way is not None and way.fits:
-        return f"what fits, with {size(way.needed_bytes)}: the same command with {way.words}"
-    return f"{_least(way)}what would fit: {fit_command(recipe, room.planned_bytes)}"
-
-
-def _least(way: Way | None) -> str:
-    return f"of what was tried {way.words} needs least, {size(way.needed_bytes)}; " if way is not None else ""
+        instead = " (in place of your JSON: copy what else that says)" if "--ds_config" in way.words else ""
+        return f"what fits, with {size(way.needed_bytes)}: the same command with {way.words}{instead}"
+    least = "" if way is None else f" ({way.words} needs least, {size(way.needed_bytes)})"
+    return (
+        f"nothing that was tried fits{least}: take a smaller model, more ranks or more memory; what a rank can hold: "
+        f"{fit_command(recipe, room.planned_bytes)}"
+    )
 
 
 def fit_command(recipe: Recipe, capacity_bytes: int | None = None) -> str:

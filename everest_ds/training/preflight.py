@@ -13,7 +13,7 @@ from everest_ds.memory.gpus import size
 from everest_ds.memory.plan import Plan, plan
 from everest_ds.training import ranks
 from everest_ds.training.micro_batch import advice
-from everest_ds.training.room import Room
+from everest_ds.training.room import Room, host_room_bytes
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +38,19 @@ def check_memory(
     kept: list[Plan] = []
 
     def judge() -> None:
-        planned = plan(recipe, ds_config, ranks=ranks.world_size(), device_type=ranks.device().type)
-        needed_bytes = planned.needed_bytes(planned.batches.micro)
-        if room is not None and needed_bytes > room.size_bytes:
+        try:
+            planned = plan(recipe, ds_config, ranks=ranks.world_size(), device_type=ranks.device().type)
+            needed_bytes = planned.needed_bytes(planned.batches.micro)
+        except UserError:
+            raise
+        except Exception as error:
+            log.warning("memory: not predicted, please report it: %s: %s", type(error).__name__, error)
+            return
+        unlike = _unlike(recipe, ds_config)
+        if room is not None and needed_bytes > room.size_bytes and not unlike:
             raise UserError(_too_much(asked, raw_ds_config, planned.batches, needed_bytes, room))
-        print(_line(planned, needed_bytes, room), file=sys.stderr, flush=True)
+        print(_line(planned, needed_bytes, room) + unlike, file=sys.stderr, flush=True)
+        _warn_of_host(planned)
         if room is not None and needed_bytes > room.planned_bytes:
             log.warning(
                 "memory: tight: %s of %s; less would be safer, for allocators can't use every hole between blocks",
@@ -54,18 +62,40 @@ def check_memory(
     return kept[0] if kept else None
 
 
+def _unlike(recipe: Recipe, ds_config: dict[str, Any]) -> str:
+    """Say what the plan leaves out, so that nothing is refused by it; "" where it is the run's own."""
+    autocast = (ds_config.get("torch_autocast") or {}).get("enabled", False)
+    names = [*(["torch_autocast"] if autocast else []), *(["train.compile"] if recipe.train.compile else [])]
+    return f"; planned without {' and '.join(names)}, which takes less or more" if names else ""
+
+
+def _warn_of_host(planned: Plan) -> None:
+    wanted, there = sum(planned.host.values()), host_room_bytes()
+    if there is not None and wanted > there:
+        log.warning(
+            "memory: a rank offloads %s to the host, and its part of what is free there is %s",
+            size(wanted),
+            size(there),
+        )
+
+
 def _line(planned: Plan, needed_bytes: int, room: Room | None) -> str:
     local = ranks.local_world_size()
     on_cpu = planned.device_type == "cpu"
     together = f", {size(local * needed_bytes)} for the {local} ranks of this machine" if on_cpu and local > 1 else ""
     offloaded = sum(planned.host.values())
     host = f" and {size(offloaded)} of the host's memory" if offloaded and not on_cpu else ""
-    there = f"not held against what is free ({FLAG})" if room is None else f"there is {room}"
-    return f"memory: predicted peak {size(needed_bytes)} per rank{host}{together}; {there}"
+    there = f"not held against what is free ({FLAG})" if room is None else f"there is {_all_of(room)}"
+    at = f"at micro-batch {planned.batches.micro}"
+    return f"memory: predicted peak {size(needed_bytes)} per rank {at}{host}{together}; {there}"
+
+
+def _all_of(room: Room) -> str:
+    return f"{size(room.size_bytes)} per rank ({room.origin})"
 
 
 def _too_much(asked: Recipe, raw_ds_config: dict[str, Any], batches: Batches, needed_bytes: int, room: Room) -> str:
     return (
-        f"memory: a rank needs {size(needed_bytes)}, and there is {size(room.size_bytes)} ({room.origin}); "
+        f"memory: a rank needs {size(needed_bytes)}, and there is {_all_of(room)}; "
         f"{advice(asked, raw_ds_config, batches, room)}; {FLAG} trains all the same"
     )

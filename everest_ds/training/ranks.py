@@ -161,7 +161,7 @@ def from_rank_0(work: Callable[[], Found]) -> Found:
     Raises:
         UserError: rank 0 met one; every rank ends with it.
     """
-    found, problem = None, ""
+    found, problem = None, None
     with naming_the_lost():
         start()
         if is_main():
@@ -170,7 +170,7 @@ def from_rank_0(work: Callable[[], Found]) -> Found:
             except UserError as error:
                 problem = str(error)
         found, problem = gather((found, problem))[0]
-    if problem:
+    if problem is not None:
         raise UserError(problem)
     return cast("Found", found)
 

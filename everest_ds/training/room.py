@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from everest_ds.memory import meters
 from everest_ds.memory.gpus import Capacity, gib, parse_capacity
-from everest_ds.memory.overheads import RESERVE, overheads_for
+from everest_ds.memory.overheads import CUDA, RESERVE, overheads_for
 from everest_ds.training import ranks
 
 _MIB = 2**20
@@ -55,6 +57,13 @@ def smallest_room(capacity: Capacity | None) -> Room:
         return min(ranks.gather(_room(capacity)))
 
 
+def host_room_bytes() -> int | None:
+    """Return a rank's part of the host's free memory, beside a device of its own; None where the host is the device."""
+    if ranks.on_cpu():
+        return None
+    return meters.available_bytes(torch.device("cpu")) // ranks.local_world_size()
+
+
 def _room(capacity: Capacity | None) -> Room:
     device = ranks.device()
     available = meters.available_bytes(device)
@@ -63,9 +72,11 @@ def _room(capacity: Capacity | None) -> Room:
         free, of_stated = available // local - _LIBRARIES_BYTES, f" less {gib(held)} for process and libraries"
         origin = "free memory" if local == 1 else f"one part in {local} of the free memory"
     else:
-        # The plan counts the context, which took its part of the device when that was asked.
+        # The plan counts the context, of which the bare one, without the kernels of a step, is there since that was
+        # asked: it is taken for what is assumed of a card that was not measured.
         held, of_stated = 0, ""
-        free, origin = available + overheads_for(device.type).context_bytes, "free on the device"
+        bare = min(overheads_for(device.type).context_bytes, CUDA.context_bytes)
+        free, origin = available + bare, "free on the device"
     free = max(0, free)
     if capacity is None:
         return Room(free, origin, RESERVE)

@@ -106,7 +106,8 @@ class TestStepSampler:
             StepSampler(7, seed=0, micro_batch=4, clips_per_video=2, ranks=2, accumulation=2, key="data.val")
         assert str(caught.value) == (
             "data.val: 7 videos are fewer than the 8 that one step of 16 clips takes; "
-            "lower train.global_batch to 14 or less, or list more videos"
+            "lower the global batch (train.global_batch, or train.micro_batch x ranks) to 14 or less, or list more "
+            "videos"
         )
 
     def test_views_that_do_not_fit(self) -> None:

@@ -34,7 +34,8 @@ def test_tensors_held_in_bf16_are_those_predicted(two_ranks, motion_videos, tmp_
     first, last = (line for line in done.stderr.splitlines() if line.startswith("memory: "))
     predicted = record["predicted"]["peak_bytes"]
     assert first.startswith(
-        f"memory: predicted peak {size(predicted)} per rank, {size(2 * predicted)} for the 2 ranks of this machine; "
+        f"memory: predicted peak {size(predicted)} per rank at micro-batch 2, {size(2 * predicted)} for the 2 ranks of "
+        "this machine; "
     )
     assert last.endswith(f"; {run_dir / 'memory.json'}")
 

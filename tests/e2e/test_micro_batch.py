@@ -70,7 +70,8 @@ def test_one_clip_more_is_refused_and_what_is_advised_trains(limited):
     assert done.returncode == 2, done.stderr[-3000:]
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("pretrain: error: "))
     told = re.fullmatch(
-        r"pretrain: error: memory: a rank needs 9\d\d\.\d MiB, and there is \d+\.\d MiB \(train\.capacity .*\); "
+        r"pretrain: error: memory: a rank needs 9\d\d\.\d MiB, and there is \d+\.\d MiB per rank "
+        r"\(train\.capacity .*\); "
         r"what fits, with 3\d\d\.\d MiB: the same command with (.*); --no-preflight trains all the same",
         line,
     )

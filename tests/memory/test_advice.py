@@ -1,15 +1,17 @@
 """What is advised to a run that doesn't fit has been planned: its words, put into the command, fit."""
 
+import dataclasses
 import shlex
 
 import pytest
 from launching import DS_CONFIGS
 
-from everest_ds.config.batches import AUTO, Batches
+from everest_ds.config.batches import ACCUMULATION, AUTO, GLOBAL, Batches
+from everest_ds.config.batches import MICRO as CLIPS
 from everest_ds.config.ds_config import load_ds_config
 from everest_ds.config.finetuning import FinetuneRecipe
 from everest_ds.config.load import load_as, load_recipe
-from everest_ds.memory.advice import Stuck
+from everest_ds.memory.advice import _ORDER, Stuck
 from everest_ds.memory.plan import plan
 
 MICRO = ("model.size=vit_micro", "model.image_size=64", "model.attention=eager")
@@ -122,5 +124,24 @@ def test_where_nothing_fits_the_least_is_found():
 
 
 def test_the_shipped_files_leave_the_batch_open():
-    for ds in FILES.values():
-        assert ds["train_batch_size"] == AUTO
+    for name in _ORDER:
+        ds = load_ds_config(DS_CONFIGS / f"{name}.json")
+        assert {ds.get(key, AUTO) for key in (GLOBAL, CLIPS, ACCUMULATION)} == {AUTO}
+
+
+def test_offload_is_for_hosts_that_have_room():
+    """With one clip and checkpointing the states decide."""
+    keys = ("train.global_batch=16", "train.micro_batch=1", "model.checkpointing=full", "model.decoder_width=768")
+    offload = str(DS_CONFIGS / "zero2_offload.json")
+    capacity = needed(*keys, "--ds_config", offload, device="cuda")
+    asked = stuck(*keys, ds=FILES["zero0"], capacity_bytes=capacity, device="cuda")
+    assert asked.best_way().words.endswith("zero2_offload.json")
+    assert not dataclasses.replace(asked, host_bytes=1).best_way().fits
+
+
+def test_a_precision_that_nobody_stated_stays_too():
+    """Without a word of it DeepSpeed trains in fp32, and the shipped files would choose bf16 on a GPU."""
+    plain = {"zero_optimization": {"stage": 0}}
+    assert stuck(
+        "train.micro_batch=8", "model.checkpointing=full", ds=plain, capacity_bytes=1, device="cuda"
+    )._files().keys() == {""}

@@ -183,3 +183,19 @@ def test_the_largest_model_is_planned_in_seconds():
     start = time.process_time()  # of this process: whatever else the machine does
     make("model.size=vit_giant", "model.image_size=224", ds="zero3", batch=8)
     assert time.process_time() - start < 20
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_cpu_takes_no_memory_for_the_rest_of_a_bucket(stage):
+    """DeepSpeed's own default has room for 5e8 elements; what is never written is never there."""
+    recipe = load_recipe(None, ["model.size=vit_micro", "model.image_size=48", "train.micro_batch=2"])
+    elements = plan(recipe, {}, ranks=1, device_type="cpu").trace.elements
+
+    def planned(bucket):
+        return plan(
+            recipe, {"zero_optimization": {"stage": stage, "reduce_bucket_size": bucket}}, ranks=1, device_type="cpu"
+        )
+
+    large, exact = planned(500_000_000), planned(elements)
+    assert large.process_peak_bytes > 10 * exact.process_peak_bytes
+    assert large.needed_bytes(2) == exact.needed_bytes(2) == exact.process_peak_bytes

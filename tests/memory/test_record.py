@@ -5,6 +5,7 @@ from launching import DS_CONFIGS
 
 from everest_ds.config.ds_config import load_ds_config
 from everest_ds.config.load import load_recipe
+from everest_ds.memory.gpus import size
 from everest_ds.memory.plan import plan
 from everest_ds.memory.record import Measured, as_record, held_items, in_a_line, seen_held_bytes, seen_peak_bytes
 
@@ -54,4 +55,7 @@ def test_the_peak_is_that_of_the_rank_that_needed_most():
     off = {name: pair["bytes"] for name, pair in difference["items"]["device"].items() if pair["bytes"]}
     assert off == {"parameters": 100, "other": 28}
     assert [rank["rank"] for rank in record["per_rank"]] == [0, 1]
-    assert "(+50.0%) (resident set)" in in_a_line(record)
+    peak = of_cpu.process_peak_bytes
+    assert in_a_line(record).endswith(f"; the resident set grew by {size(2 * peak)}, predicted {size(peak)} of tensors")
+    record["measured"]["peak_reserved_bytes"] = 3 * 2**30
+    assert in_a_line(record).endswith("(+50.0%), reserved 3.00 GiB")

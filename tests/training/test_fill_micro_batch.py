@@ -63,8 +63,8 @@ def test_where_nothing_fits_what_would_is_named(monkeypatch, fits):
     told = (
         r"what fits, with \d+\.\d MiB: the same command with model\.checkpointing=full"
         if fits
-        else r"of what was tried model\.checkpointing=full( --ds_config ds_configs/\w+\.json)? needs least, "
-        r"\d+\.\d MiB; what would fit: python "
+        else r"nothing that was tried fits \(model\.checkpointing=full( --ds_config ds_configs/\w+\.json)? needs "
+        r"least, \d+\.\d MiB\): take a smaller model, more ranks or more memory; what a rank can hold: python "
         r"tools/memprof fit --method everest --model vit_micro --world-size 1 --capacity 1MiB --device cpu "
         r"model\.image_size=128 model\.frame_selection\.alpha=1\.5"
     )
@@ -108,7 +108,7 @@ def test_room_on_a_gpu(monkeypatch):
 def test_a_control_group_leaves_less(tmp_path):
     for name, text in {"max": "1000", "current": "700", "stat": "anon 600\ninactive_file 80\nactive_file 9\n"}.items():
         (tmp_path / f"memory.{name}").write_text(text)
-    assert list(meters._left_in_control_groups(tmp_path)) == [1000 - 700 + 80]
+    assert list(meters._left_in_control_groups(tmp_path)) == [1000 - 700 + 80 + 9]
     (tmp_path / "memory.max").write_text("max\n")
     assert list(meters._left_in_control_groups(tmp_path)) == []
 
