@@ -32,9 +32,12 @@ def test_tensors_held_in_bf16_are_those_predicted(two_ranks, motion_videos, tmp_
     record = check_memory_record(run_dir)
     assert "fp32 master parameters" in record["measured"]["held"]["device"]
     first, last = (line for line in done.stderr.splitlines() if line.startswith("memory: "))
-    predicted = record["predicted"]["peak_bytes"]
+    # Not the plan's own peak, in which DeepSpeed's buckets are as large as it makes them, though nothing is in them.
+    peak = record["difference"]["peak"]
+    predicted = peak["predicted_bytes"]
+    assert predicted < peak["measured_bytes"]
     assert first.startswith(
-        f"memory: predicted peak {size(predicted)} per rank at micro-batch 2, {size(2 * predicted)} for the 2 ranks of "
+        f"memory: predicted peak {size(predicted)} per rank at micro-batch 4, {size(2 * predicted)} for the 2 ranks of "
         "this machine; "
     )
     assert last.endswith(f"; {run_dir / 'memory.json'}")
