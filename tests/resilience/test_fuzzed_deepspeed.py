@@ -86,7 +86,7 @@ def test_what_is_taken_builds_an_engine_or_ends_in_one_line(tmp_path: Path) -> N
     """A step of training each, in one process: no trace, no hang."""
     configs = [ds for shipped, count in BUILT.items() for ds in taken(shipped, count)]
     (tmp_path / "jobs.json").write_text(json.dumps({"recipe": to_tree(RECIPE), "ds_configs": configs}))
-    done = run("tests/resilience/build_engines.py", tmp_path / "jobs.json", tmp_path / "found.json", timeout_s=180)
+    done = run("tests/resilience/build_engines.py", tmp_path / "jobs.json", tmp_path / "found.json", timeout_s=600)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())
     for ds, (how, said) in zip(configs, found, strict=True):
