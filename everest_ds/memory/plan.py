@@ -124,9 +124,9 @@ class Plan:
 
     @cached_property
     def _touched(self) -> Plan:
-        """The plan without what is allocated but never written, and so takes no memory of a CPU's.
+        """The plan with buckets no larger than all gradients.
 
-        That is the rest of a bucket which is larger than all gradients.
+        DeepSpeed allocates more, but a CPU has no memory behind pages that nobody writes to.
         """
         filled = min(self.setting.reduce_bucket, self.trace.elements)
         setting = dataclasses.replace(self.setting, reduce_bucket=filled)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from everest_ds.models.patches import CHANNELS, GREY_LEVELS, deviations
 
-# Products in fp16 are scaled to end at half of what it holds, whatever the weights and the pixels: sums round upwards.
+# The largest sum that weights and pixels can make is scaled to half of what fp16 holds: rounding may go upwards.
 _LARGEST_PRODUCT = torch.finfo(torch.float16).max / 2
 
 
@@ -54,7 +54,8 @@ def importance(patches: Tensor, weight: Tensor, slots: int, dtype: torch.dtype) 
 def scaled_weight(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return what to multiply differences of grey levels with, (D, 3 * P), and what that makes of a distance of 1.
 
-    In fp16 the weights are scaled so that no product overflows; most of them would be too small for it otherwise.
+    In fp16 the weights are scaled: by themselves many would be so small that fp16 rounds them coarsely, and large ones
+    could make a sum overflow.
     """
     per_level = weight.float().unflatten(1, (CHANNELS, -1)) / (GREY_LEVELS * deviations(weight.device)).unsqueeze(-1)
     per_level = per_level.flatten(1)

@@ -72,8 +72,8 @@ def _room(capacity: Capacity | None) -> Room:
         free, of_stated = available // local - _LIBRARIES_BYTES, f" less {gib(held)} for process and libraries"
         origin = "free memory" if local == 1 else f"one part in {local} of the free memory"
     else:
-        # The plan counts the context, of which the bare one, without the kernels of a step, is there since that was
-        # asked: it is taken for what is assumed of a card that was not measured.
+        # The plan counts the CUDA context with a step's kernels. The bare context exists already, because asking for
+        # free memory makes it, and is in what is used: add it back. A step's kernels are not loaded yet.
         held, of_stated = 0, ""
         bare = min(overheads_for(device.type).context_bytes, CUDA.context_bytes)
         free, origin = available + bare, "free on the device"
